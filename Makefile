@@ -1,0 +1,45 @@
+# make demo   trains and judges two methods in minutes and says where to look
+# make test   everything that is tested: the notebooks, then tests/
+# make lab    JupyterLab on the notebooks
+# make check  is the tree what export, clean and the README script make of it?
+# make clean  forget the environment
+PYTHON ?= python3
+BIN := .venv/bin
+# one thread a process: tests run side by side
+TEST_WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test notebooks pytest check lab clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# the environment is remade only when what it is made from changes
+.venv/.installed: settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "spectralmoe needs Python 3.10 or later; found `$(PYTHON) --version`. Name another: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (spectralmoe)" >/dev/null
+	touch $@
+
+install: .venv/.installed
+
+demo: install
+	$(BIN)/spectralmoe demo $(DEMO_FLAGS)
+
+test: install notebooks pytest
+
+notebooks: install
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(TEST_WORKERS) --timing
+
+pytest: install
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
+
+check: install
+	$(BIN)/python tests/check_tree.py
+
+lab: install
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,32 @@
+"""README.md from nbs/index.ipynb: markdown as it is, code as code, printed and plain results below it.
+
+    python tests/make_readme.py
+"""
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTE = "<!-- made from nbs/index.ipynb by tests/make_readme.py; edit the notebook -->\n"
+
+
+def readme(notebook):
+    "The README's text."
+    parts = []
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source.replace("](../", "](").replace('src="../', 'src="'))
+        elif "#| hide" not in cell.source:
+            parts.append(f"```python\n{cell.source}\n```")
+            parts += [f"```\n{text.rstrip()}\n```" for text in map(printed, cell.outputs) if text]
+    return NOTE + "\n" + "\n\n".join(parts).rstrip() + "\n"
+
+
+def printed(output):
+    "What one output shows as text."
+    text = output.get("text") or output.get("data", {}).get("text/plain", "")
+    return "".join(text)
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(readme(ROOT / "nbs" / "index.ipynb"), encoding="utf-8")

@@ -1,0 +1,178 @@
+"Experiments: refused early, stopped openly, recorded always, resumed."
+import json
+import sys
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from spectralmoe.cli import app
+from spectralmoe.reproduce import (Cell, ExperimentFailed, RunRecord, demo, finished, index_page, read_parameters, read_record,
+                                   read_records, recording, reproduce, results_table, write_table)
+
+PARAMETERS = """steps = 3  # how many = not few
+methods = ["frozen"]  # what to train
+lr = 1e-4  # learning rate
+title = "a # b"  # any text
+folder = ""  # where records go"""
+
+TRAIN = """from spectralmoe.reproduce import RunRecord, finished, recording
+for method in methods:
+    record = RunRecord("work", "made_tiles", method, 0, config={"steps": steps})
+    if finished(record, folder): print(method, "is finished"); continue
+    with recording(record, folder):
+        if method == "bad": raise MemoryError("11 GB wanted")
+        record.metrics = {"source": {"miou": 0.5}, "dusk": {"miou": 0.4}}
+        print(method, "trained", steps, lr)"""
+
+
+def write_notebook(path, *code, tags=("parameters",)):
+    cells = [nbformat.v4.new_markdown_cell("# Work"), *map(nbformat.v4.new_code_cell, code)]
+    cells[1].metadata["tags"] = list(tags)
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "Experiments in one folder, an empty one for the runs, and a third to stand in."
+    write_notebook(tmp_path / "notebooks" / "work.ipynb", PARAMETERS, "import sys, os\nprint(sys.executable, os.getcwd())", TRAIN)
+    monkeypatch.setenv("SPECTRALMOE_NOTEBOOKS", str(tmp_path / "notebooks"))
+    monkeypatch.delenv("SPECTRALMOE_RUNS", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "runs"
+
+
+def printed(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
+
+
+def run(method="frozen", seed=0, miou=0.5, **kwargs):
+    return RunRecord("work", "made_tiles", method, seed, **{"config": {"steps": 3}, "metrics": {
+        "source": {"miou": miou, "iou": {"water": 0.9}}, "dusk": {"miou": miou - 0.1}}, "status": "done", **kwargs})
+
+
+@pytest.mark.parametrize("wrong, error, message", [
+    ({"step": 3}, KeyError, "has no parameter 'step'. Did you mean 'steps'"),
+    ({"zzz": 3}, KeyError, "There are: steps, methods, lr, title, folder"),
+    ({"steps": "3"}, TypeError, "steps='3': is of type str, expected int, such as 3"),
+    ({"steps": 3.5}, TypeError, "expected int"),
+    ({"steps": True}, TypeError, "of type bool"),
+    ({"steps": None}, TypeError, "of type NoneType"),
+    ({"methods": "frozen"}, TypeError, "expected list, such as"),
+    ({"methods": ["frozen", 1]}, TypeError, "entry 1 is of type int"),
+])
+def test_wrong_parameters_stop_before_any_work(folder, wrong, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")): reproduce("work", wrong, folder)
+    assert not folder.exists()
+
+
+def test_command_line_refuses_without_traceback(folder):
+    result = CliRunner().invoke(app, ["run", "work", "-p", "stesp=4", "-f", str(folder)])
+    assert result.exit_code == 2 and "steps" in result.output and "Traceback" not in result.output
+    assert not folder.exists()
+
+
+def test_run_resume_and_failure(folder, capsys):
+    first = reproduce("work", {"methods": ["frozen"], "lr": 1}, folder)
+    assert first.parent == folder / "work" and first.stem.startswith("work-")
+    assert f"{sys.executable} {folder.parent / 'here'}" in printed(first)  # this interpreter, the caller's directory
+    assert "frozen trained 3 1" in printed(first)
+    assert "frozen trained" in capsys.readouterr().out and "frozen trained" in first.with_suffix(".log").read_text(encoding="utf-8")
+
+    with pytest.raises(ExperimentFailed, match="cell 5 .* raised MemoryError: 11 GB wanted") as failure:
+        reproduce("work", {"methods": ["frozen", "bad", "full"]}, folder, stream=False)
+    partial = next(p for p in folder.glob("work/*.ipynb") if p != first)
+    assert str(partial) in str(failure.value)
+    assert "frozen is finished" in printed(partial)  # kept, and not trained twice
+    records = {r.method: r for r in read_records(folder).values()}
+    assert {m: r.status for m, r in records.items()} == {"frozen": "done", "bad": "failed"}
+    assert records["bad"].error == "MemoryError: 11 GB wanted" and records["bad"].seconds is not None
+    assert not list((folder.parent / "here").iterdir())  # nothing is written anywhere else
+
+
+def test_record_survives_disk_and_knows_its_run(tmp_path):
+    record = run(miou=float("nan"), config={"steps": 3, "sizes": (1, 2)}, parameters={"methods": ["frozen"]})
+    path = record.write(tmp_path)
+    read = read_record(path)
+    assert read.id == record.id and read.metrics["source"]["miou"] is None and read.versions["torch"]
+    assert set(read.code) == {"commit", "dirty"} and read.device
+    assert len({r.id for r in (run(), run(seed=1), run("full"), run(config={}), run(data={"source": "a"}))}) == 5
+    assert run(metrics={}, status="failed").id == run().id
+    with pytest.raises(TypeError, match="cannot be written to a record"): run(config={"model": object()}).write(tmp_path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda v: v.pop("status"), r"missing \['status'\]"),
+    (lambda v: v.update(extra=1), r"unexpected \['extra'\]"),
+    (lambda v: v.update(status="fine"), "status 'fine' is none of"),
+    (lambda v: v["config"].update(steps=4), "it was edited"),
+])
+def test_records_that_were_changed_are_refused(tmp_path, change, message):
+    values = json.loads(run().write(tmp_path).read_text(encoding="utf-8"))
+    change(values)
+    (tmp_path / "a.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match=message): read_record(tmp_path / "a.json")
+
+
+def test_only_what_is_done_is_finished(tmp_path):
+    record = run()
+    assert finished(record, tmp_path) is None
+    with pytest.raises(KeyboardInterrupt), recording(record, tmp_path):
+        assert read_record(record.path(tmp_path)).status == "running"
+        raise KeyboardInterrupt
+    assert read_record(record.path(tmp_path)).status == "failed" and finished(record, tmp_path) is None
+    with recording(run(), tmp_path): pass
+    assert finished(record, tmp_path).status == "done"
+
+
+def test_table_counts_seeds_and_names_what_was_not_run(tmp_path):
+    for seed, miou in enumerate((0.5, 0.6, 0.7)): run(seed=seed, miou=miou).write(tmp_path)
+    run("full", status="failed", metrics={}).write(tmp_path)
+    table = results_table(read_records(tmp_path), methods=["frozen", "full", "released"], targets=["dusk", "dawn"])
+    cell = table.loc["frozen", "source validation"]
+    assert (round(cell.mean, 6), cell.seeds, len(cell.files)) == (60, 3, 3)
+    assert cell.half_width == pytest.approx(4.302653 * 10 / 3**0.5)  # Student t, two degrees of freedom
+    assert str(table.loc["frozen", "dusk"]) == "50.0 ± 24.8 (3)"
+    assert [str(table.loc["frozen", c]) for c in ("dawn", "mean of targets")] == ["not run"] * 2
+    assert table.loc["full", "dusk"].status == "failed" and table.loc["released", "dusk"] == Cell()
+    assert results_table(read_records(tmp_path), "iou.water").loc["frozen", "source validation"].mean == pytest.approx(90)
+    with pytest.raises(ValueError, match="two runs of 'frozen' with seed 0"):
+        results_table({**read_records(tmp_path), tmp_path: run(config={"steps": 9})})
+
+
+def test_every_number_opens_its_record(tmp_path):
+    for seed in range(2): run(seed=seed).write(tmp_path)
+    table = results_table(read_records(tmp_path), methods=["frozen", "raw_conv"])
+    markdown, csv, latex = write_table(table, tmp_path / "work" / "table")
+    links = [part.split(")")[0] for part in markdown.read_text(encoding="utf-8").split("](")[1:]]
+    assert len(links) == 6 and {read_record(markdown.parent / link).seed for link in links} == {0, 1}
+    assert csv.read_text(encoding="utf-8").count("not run") == 3
+    assert r"50.0 $\pm$ 0.0 (2)" in latex.read_text(encoding="utf-8") and r"raw\_conv" in latex.read_text(encoding="utf-8")
+    page = index_page(tmp_path, "A & B").read_text(encoding="utf-8")
+    assert "A &amp; B" in page and "not run" in page and "http" not in page
+    assert all((tmp_path / part.split('"')[0]).is_file() for part in page.split('href="')[1:])
+
+
+@pytest.mark.parametrize("cell, message", [
+    ("steps: int = 3", "is not `name = literal`"), ("steps = 2 + 1 * 4", "is not `name = literal`"), ("import os", "is not `name = literal`"), ("a = b = 1", "is not `name = literal`")])
+def test_parameters_cells_hold_bare_literals(tmp_path, cell, message):
+    with pytest.raises(ValueError, match=message): read_parameters(write_notebook(tmp_path / "nb" / "a.ipynb", cell))
+
+
+def test_parameters_are_read_as_python(folder):
+    found = read_parameters(folder.parent / "notebooks" / "work.ipynb")
+    assert {n: p.default for n, p in found.items()} == {"steps": 3, "methods": ["frozen"], "lr": 1e-4, "title": "a # b", "folder": ""}
+    assert found["steps"].help == "how many = not few" and found["title"].help == "any text"
+    with pytest.raises(ValueError, match="0 cells are tagged"):
+        read_parameters(write_notebook(folder.parent / "none" / "a.ipynb", "a = 1", tags=()))
+
+
+def test_missing_notebooks_say_how_to_find_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECTRALMOE_NOTEBOOKS", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="SPECTRALMOE_NOTEBOOKS"): reproduce("benchmark")
+    with pytest.raises(FileNotFoundError, match="SPECTRALMOE_NOTEBOOKS"): demo(folder=tmp_path / "runs")
