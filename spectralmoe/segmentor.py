@@ -111,7 +111,11 @@ class SegmentorModel(nn.Module):
         down, right = -x.shape[-2] % patch, -x.shape[-1] % patch
         return nn.functional.pad(x, (0, right, 0, down), mode, value) if down or right else x
 
-# %% ../nbs/16_segmentor.ipynb #badb0ec3
+# %% ../nbs/16_segmentor.ipynb #5f189301
+def _own_randomness(x):
+    "Gate noise leaves the random numbers of whatever follows as they were, so that methods share them."
+    return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+
 def _detached(routing):
     return {k: r and type(r)(*(t.detach() for t in r)) for k, r in routing.items()}
 
@@ -120,7 +124,7 @@ def _check_images(task, images):
         raise ValueError(f"images have shape {tuple(images.shape)}; {task['name']} feeds (B, {len(task['bands'])}, H, W) "
                          f"with the bands {', '.join(task['bands'])} in this order (`Sensor.select`)")
 
-# %% ../nbs/16_segmentor.ipynb #6cbc3692
+# %% ../nbs/16_segmentor.ipynb #94513528
 class TrainableSegmentor(SegmentorModel):
     "Loss, prediction, and what the optimiser is given."
     def loss(self,
@@ -128,7 +132,7 @@ class TrainableSegmentor(SegmentorModel):
         labels: Tensor,  # (B, H, W) class indices, IGNORE where unknown
     ) -> dict[str, Tensor]:  # scalars: "loss" is the total, "balance" the gates' part, the head's parts
         "What training minimises, and its parts."
-        output, balance, _ = self._run(images)
+        with _own_randomness(images): output, balance, _ = self._run(images)
         parts = self.head.loss(output, self._filled(labels, "constant", IGNORE))
         return {**parts, "loss": parts["loss"] + balance, "balance": balance}
 
@@ -185,7 +189,7 @@ def _not_decayed(model):
     norms = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm))]
     return norms + [t for t in tables if t is not None]
 
-# %% ../nbs/16_segmentor.ipynb #fa186b67
+# %% ../nbs/16_segmentor.ipynb #9fdb7d89
 class Segmentor(TrainableSegmentor):
     "Frozen foundation models, what refines them, and a head."
     @classmethod
@@ -244,7 +248,6 @@ class Segmentor(TrainableSegmentor):
         dfm: Backbone | None = None,  # the same for the depth model
     ) -> "Segmentor":
         "The model again, on the backbones it was trained on and no others."
-        from safetensors.torch import load_file
         folder = _folder(source)
         c = _read_config(folder)
         vfm = _same(c["vfm"], vfm, load_vfm, METHODS[c["method"]].tuned)
@@ -253,7 +256,7 @@ class Segmentor(TrainableSegmentor):
         config = c["adapter"] and SpectralMoEConfig.from_dict(c["adapter"])
         parts = _trained_parts(c["task"], vfm, dfm, config, **c["settings"])
         model = cls(c["task"], c["method"], vfm, dfm, *parts, c["settings"], c["statistics"])
-        model.load_trained(load_file(folder / "model.safetensors"), str(folder / "model.safetensors"))
+        model.load_trained(_read_weights(folder / "model.safetensors"), str(folder / "model.safetensors"))
         return model
 
     def summary(self):  # pandas table: parameters and trained parameters of each part
@@ -344,11 +347,18 @@ def _same(saved, given, load, tuned=False):
                          f"{saved['sha256'][:12]}... ({saved['source']}); give exactly those weights")
     return model
 
-# %% ../nbs/16_segmentor.ipynb #f1b4e13b
+# %% ../nbs/16_segmentor.ipynb #61a15492
 def _write(path, data):
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     os.replace(part, path)
+
+def _read_weights(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try: return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): it is damaged or missing; copy the folder again") from e
 
 def _folder(source):
     if Path(source).is_dir(): return Path(source)

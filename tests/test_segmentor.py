@@ -1,0 +1,147 @@
+"The whole model: what is trained, what is refused, and that a folder gives back the same model."
+import json
+
+import pytest
+import torch
+
+from spectralmoe.backbones import load_dfm, load_vfm
+from spectralmoe.benchmarks import BENCHMARKS, IGNORE
+from spectralmoe.segmentor import METHODS, Segmentor
+
+VFM = dict(name="dinov3-vits16", dim=32, n_layers=3, n_heads=4, patch_size=8)
+DFM = dict(name="depth-anything-v2-small", dim=32, n_layers=3, n_heads=4, patch_size=8, image_size=48)
+HEAD = dict(hidden=32, n_queries=8, encoder_layers=1, decoder_layers=1, n_heads=4, encoder_width=32, decoder_width=32, n_points=64)
+
+
+def build(method="spectralmoe", **kwargs):
+    sizes = {} if method == "raw_conv" or kwargs.get("head") == "pixel_shuffle" else HEAD
+    more = dict(n_experts=3, rank=2) if METHODS[method].adapter else {}
+    return Segmentor.build("made_tiles", **{**dict(vfm=VFM, dfm=DFM, method=method, head_sizes=sizes), **more, **kwargs})
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    return torch.randn(2, 5, 44, 52), torch.randint(5, (2, 44, 52))
+
+
+def train(model, images, labels, steps=2):
+    model.initialise(images)
+    optimiser = torch.optim.AdamW(model.parameter_groups(0.05), lr=1e-2)
+    for step in range(steps):
+        torch.manual_seed(step)
+        optimiser.zero_grad(); model.loss(images, labels)["loss"].backward(); optimiser.step()
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("head", ["mask2former", "pixel_shuffle"])
+def test_trains_saves_loads_and_predicts_the_same(method, head, batch, tmp_path):
+    model = train(build(method, head=head), *batch)
+    again = Segmentor.from_pretrained(model.save_pretrained(tmp_path / "model"))
+    assert torch.equal(again.eval()(batch[0]), model.eval()(batch[0]))
+    assert again.predict(batch[0]).shape == (2, 44, 52)
+    saved = (tmp_path / "model" / "model.safetensors").stat().st_size
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained <= saved < trained + 50_000, "what was trained, and nothing else"
+
+
+@pytest.mark.parametrize("vfm", ["dinov3-vits16", "dinov2-small", "dinov2-with-registers-small"])
+def test_any_number_of_prefix_tokens(vfm, batch):
+    vfm = dict(VFM, name=vfm, **({} if vfm.startswith("dinov3") else dict(image_size=48)))
+    before = build(vfm=vfm)
+    frozen = {k: v.clone() for k, v in before.state_dict().items() if k.startswith(("vfm.model", "dfm"))}
+    after = train(before, *batch).state_dict()
+    assert all(torch.equal(after[k], v) for k, v in frozen.items())
+
+
+def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one(batch):
+    for method in METHODS:
+        model = train(build(method), *batch)
+        for name, p in model.named_parameters():
+            assert (p.grad is not None) == p.requires_grad, (method, name)
+        assert not model.vfm or not model.vfm.training, "a backbone stays in eval mode"
+
+
+def test_methods_start_alike_and_share_random_numbers(batch):
+    "Same head at the start, and gate noise shifts nothing that the head draws."
+    models, states = {m: build(m).train() for m in ("frozen", "spectralmoe")}, {}
+    for name, model in models.items():
+        loss = model.head.loss
+        def recorded(*args, name=name, loss=loss):
+            states[name] = torch.random.get_rng_state()
+            return loss(*args)
+        model.head.loss = recorded
+        torch.manual_seed(3); model.loss(*batch)
+    assert torch.equal(*states.values())
+    assert torch.equal(*(m.head.classifier.weight for m in models.values()))
+
+
+def test_another_backbone_is_refused_with_both_hashes(batch, tmp_path):
+    folder = build().save_pretrained(tmp_path / "model")
+    other = load_vfm(**{**build().vfm.source, "seed": 7})
+    with pytest.raises(ValueError, match=f"{other.fingerprint()[:12]}.*was trained on"):
+        Segmentor.from_pretrained(folder, vfm=other)
+
+
+def test_renamed_keys_are_refused_with_counts(tmp_path):
+    "A checkpoint whose keys were all renamed has nothing in common with the model."
+    from safetensors.torch import load_file, save_file
+    folder = build().save_pretrained(tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    save_file({f"module.{k}": v for k, v in state.items()}, folder / "model.safetensors")
+    n = len(state)
+    with pytest.raises(ValueError, match=f"0 of {n} trained tensors found; {n} missing .*{n} unexpected"):
+        Segmentor.from_pretrained(folder)
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json"): Segmentor.from_pretrained(tmp_path)
+    folder = build().save_pretrained(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model.safetensors.*cannot be read"): Segmentor.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"format": 99}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="format 99"): Segmentor.from_pretrained(folder)
+
+
+def test_bands_are_named_before_anything_is_computed(batch):
+    with pytest.raises(ValueError, match=r"\(B, 5, H, W\) with the bands red, green, blue, nir, swir22"):
+        build()(batch[0][:, :4])
+    with pytest.raises(ValueError, match="takes 3 bands and made_tiles feeds 5"):
+        build(vfm=load_vfm(**VFM))
+
+
+def test_depth_model_on_another_grid(batch):
+    dfm = dict(DFM, patch_size=4)
+    assert train(build(dfm=dfm), *batch).predict(batch[0]).shape == (2, 44, 52)
+    with pytest.raises(ValueError, match="tokens"): build(dfm=dfm, fusion="structure_guided")
+    with pytest.raises(ValueError, match="n_layers"): build(dfm=dict(DFM, n_layers=2))
+
+
+def test_labels_that_are_all_ignored_and_bfloat16(batch):
+    model = build().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.loss(batch[0], torch.full_like(batch[1], IGNORE))
+    losses["loss"].backward()
+    assert all(v.isfinite() for v in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_depth_reads_red_green_blue_whatever_the_order_of_bands(batch):
+    from dataclasses import replace
+    task = BENCHMARKS["made_tiles"]
+    turned = replace(task, bands=("nir", "blue", "red", "swir22", "green"))
+    order = [task.bands.index(b) for b in turned.bands]
+    a, b = (Segmentor.build(t, VFM, DFM, head_sizes=HEAD, n_experts=3, rank=2).eval() for t in (task, turned))
+    assert torch.allclose(a(batch[0]), b(batch[0][:, order]), atol=1e-4)
+
+
+def test_depth_tokens_from_disk_are_the_same(batch, tmp_path):
+    from spectralmoe.backbones import CachedTokens
+    model = build().eval()
+    plain = model(batch[0])
+    model.dfm = CachedTokens(model.dfm, tmp_path)
+    assert torch.equal(model(batch[0]), plain) and torch.equal(model(batch[0]), plain)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
