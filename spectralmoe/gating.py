@@ -90,7 +90,7 @@ def _known(name, value, options):
     if value not in options:
         raise ValueError(f"{name}={value!r} is not known; expected one of {options}")
 
-# %% ../nbs/10_gating.ipynb #fa96eaf2
+# %% ../nbs/10_gating.ipynb #31c0e002
 class NoisyTopKGate(nn.Module):
     "Routes every token to its k best experts."
     def __init__(self,
@@ -128,21 +128,22 @@ class NoisyTopKGate(nn.Module):
     ) -> Routing:  # with T = all leading axes flattened
         "Scores, the k best, their weights, and what it means for the balance."
         with torch.autocast(tokens.device.type, enabled=False):
-            return self._route(tokens.flatten(0, -2).to(self.weight.dtype), noise, noise_logits)
+            return _route(self, tokens.flatten(0, -2).to(self.weight.dtype), noise, noise_logits)
 
-    def _route(self, f, noise, noise_logits):
-        scores = noisy = expert_scores(f, self.weight, self.score, self.p)  # (t, e)
-        if self.training or noise is not None:
-            if noise_logits is None: noise_logits = f @ self.noise_weight.mT
-            std = nn.functional.softplus(noise_logits.to(f.dtype)) + 1e-2
-            noise = torch.randn_like(scores) if noise is None else noise
-            noisy = scores + noise * std
-        best, indices = noisy.topk(self.top_k, dim=-1)  # (t, k)
-        gates = best.softmax(-1)
-        if self.weighting == "full": gates = noisy.softmax(-1).gather(-1, indices)
-        chosen = indices[..., None] == torch.arange(self.n_experts, device=f.device)  # (t, k, e)
-        importance = (gates[..., None] * chosen).sum((0, 1))
-        smooth = noisy is not scores and self.top_k < self.n_experts
-        load = smooth_load(scores, noisy, std, self.top_k) if smooth else chosen.sum((0, 1)).to(f.dtype)
-        weights = torch.ones_like(gates) if self.weighting == "none" else gates
-        return Routing(indices, weights, scores, load, importance)
+# %% ../nbs/10_gating.ipynb #664deaeb
+def _route(gate, f, noise, noise_logits):
+    scores = noisy = expert_scores(f, gate.weight, gate.score, gate.p)  # (t, e)
+    if gate.training or noise is not None:
+        if noise_logits is None: noise_logits = f @ gate.noise_weight.mT
+        std = nn.functional.softplus(noise_logits.to(f.dtype)) + 1e-2
+        noise = torch.randn_like(scores) if noise is None else noise
+        noisy = scores + noise * std
+    best, indices = noisy.topk(gate.top_k, dim=-1)  # (t, k)
+    gates = best.softmax(-1)
+    if gate.weighting == "full": gates = noisy.softmax(-1).gather(-1, indices)
+    chosen = indices[..., None] == torch.arange(gate.n_experts, device=f.device)  # (t, k, e)
+    importance = (gates[..., None] * chosen).sum((0, 1))
+    smooth = noisy is not scores and gate.top_k < gate.n_experts
+    load = smooth_load(scores, noisy, std, gate.top_k) if smooth else chosen.sum((0, 1)).to(f.dtype)
+    weights = torch.ones_like(gates) if gate.weighting == "none" else gates
+    return Routing(indices, weights, scores, load, importance)
