@@ -566,7 +566,7 @@ class Profile:
     precision: str = "32-true"  # or "bf16-mixed"
     val_fraction: float = 0.2  # part of the source images held out
 
-# %% ../nbs/30_reproduce.ipynb #4879c198
+# %% ../nbs/30_reproduce.ipynb #32a099db
 def _random(dim, layers, patch, side):
     size = dict(dim=dim, n_layers=layers, n_heads=dim // 32, patch_size=patch)
     return dict(vfm=dict(name="dinov3-vits16", **size), dfm=dict(name="depth-anything-v2-small", **size, image_size=side))
@@ -578,7 +578,7 @@ PROFILES = {
         head_sizes={**_SMALL, "hidden": 32, "n_queries": 8, "encoder_layers": 1, "decoder_layers": 1}, adapter=dict(n_experts=3, rank=2)),
     "demo": Profile("short run, random backbone", **_random(64, 4, 8, 64), crop=64, batch_size=8, steps=150, lr=1e-3,
         head_sizes={**_SMALL, "hidden": 64, "n_queries": 24}, adapter=dict(n_experts=4, rank=8, scale_init=0.1), val_fraction=0.34),
-    "tiny": Profile("tiny random backbone", **_random(128, 6, 8, 96), crop=96, batch_size=8, steps=300, lr=1e-3,
+    "tiny": Profile("tiny random backbone", **_random(128, 6, 8, 96), crop=96, batch_size=8, steps=200, lr=1e-3,
         head_sizes={**_SMALL, "hidden": 64, "n_queries": 32}, adapter=dict(n_experts=6, rank=8, scale_init=0.1), val_fraction=0.34),
     "paper": Profile("the paper's sizes", dict(name="dinov3-vitl16"), dict(name="prompt-depth-anything-vitl"), precision="bf16-mixed"),
 }

@@ -17,15 +17,17 @@ def readme(notebook):
         if cell.cell_type == "markdown":
             parts.append(cell.source.replace("](../", "](").replace('src="../', 'src="'))
         elif "#| hide" not in cell.source:
-            parts.append(f"```python\n{cell.source}\n```")
-            parts += [f"```\n{text.rstrip()}\n```" for text in map(printed, cell.outputs) if text]
+            if "#| echo: false" not in cell.source: parts.append(f"```python\n{cell.source}\n```")
+            parts += [text for text in map(printed, cell.outputs) if text]
     return NOTE + "\n" + "\n\n".join(parts).rstrip() + "\n"
 
 
 def printed(output):
-    "What one output shows as text."
-    text = output.get("text") or output.get("data", {}).get("text/plain", "")
-    return "".join(text)
+    "What one output shows: markdown as it is, anything else as text."
+    data = output.get("data", {})
+    if "text/markdown" in data: return data["text/markdown"].rstrip()
+    text = output.get("text") or data.get("text/plain", "")
+    return f"```\n{text.rstrip()}\n```" if text.strip() else ""
 
 
 if __name__ == "__main__":
