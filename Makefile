@@ -30,7 +30,7 @@ demo: install
 test: install notebooks pytest
 
 notebooks: install
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(TEST_WORKERS) --timing
+	SPECTRALMOE_RUNS="$$(mktemp -d)" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(TEST_WORKERS) --timing
 
 pytest: install
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests

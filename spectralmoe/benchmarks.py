@@ -74,8 +74,8 @@ def _check_domains(b):
         try: d.sensor is None or match_bands(as_sensor(d.sensor), b.bands)
         except ValueError as e: _refuse(b.name, f"domain {d.name!r}: {e}")
 
-# %% ../nbs/02_benchmarks.ipynb #2987ab54
-@dataclass(frozen=True)
+# %% ../nbs/02_benchmarks.ipynb #8af15029
+@dataclass(frozen=True, repr=False)
 class Benchmark:
     "A domain generalisation task: train on `source`, report on every target."
     name: str # key in `BENCHMARKS`, or your own
@@ -118,6 +118,8 @@ class Benchmark:
         return json.loads(json.dumps(asdict(self), default=str))
 
     def _repr_html_(self): return _html(self)
+    def __repr__(self): return (f"Benchmark({self.name!r}: {self.source.name} -> "
+        f"{', '.join(d.name for d in self.targets)}; {', '.join(self.classes)}; {', '.join(self.bands)})")
 
 # %% ../nbs/02_benchmarks.ipynb #dbd5fd39
 def _input_sensor(b):
