@@ -5,7 +5,7 @@
 # make clean  forget the environment
 PYTHON ?= python3
 BIN := .venv/bin
-# one thread a process: tests run side by side
+# notebooks tested side by side, one thread each
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -39,7 +39,7 @@ check: install
 	$(BIN)/python tests/check_tree.py
 
 lab: install
-	$(BIN)/jupyter lab --notebook-dir=nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 clean:
 	rm -rf .venv
