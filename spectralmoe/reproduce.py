@@ -463,7 +463,7 @@ def _one_setting(records):
             raise ValueError(f"two runs of {r.method!r} with seed {r.seed}, of other settings or "
                              f"data: {other} and {path}. Give the records of one setting")
 
-# %% ../nbs/30_reproduce.ipynb #8d5d1193
+# %% ../nbs/30_reproduce.ipynb #dc692e87
 def results_table(
     records: Mapping[Path, RunRecord],  # of one benchmark, see `read_records`
     metric: str = "miou",  # key in the metrics; "iou.burned" looks inside "iou"
@@ -475,8 +475,8 @@ def results_table(
     _one_setting(records)
     methods = list(methods or dict.fromkeys(r.method for r in records.values()))
     found = dict.fromkeys(d for r in records.values() for d in r.metrics if d != "source")
-    columns = {"source validation": ["source"], **{t: [t] for t in targets or found},
-               "mean of targets": list(targets or found)}
+    columns = {"source validation": ["source"], **{t: [t] for t in targets or found}}
+    if len(columns) > 2: columns["mean of targets"] = list(targets or found)
     rows = {m: {p: r for p, r in records.items() if r.method == m} for m in methods}
     cells = {c: [_cell(rows[m], of, metric) for m in methods] for c, of in columns.items()}
     return pd.DataFrame(cells, index=pd.Index(methods, name=f"{metric} (%)"))
