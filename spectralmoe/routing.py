@@ -285,7 +285,7 @@ def expert_legend(
     patches = [Patch(color=c, label=label) for c, label in zip(colours, labels)]
     return ax.legend(handles=patches, title=title, frameon=False, **kwargs)
 
-# %% ../nbs/23_routing.ipynb #a9b05577
+# %% ../nbs/23_routing.ipynb #97830463
 def plot_routing(
     routing: RoutingMap,  # of one image
     layer: int = -1,  # which block, from 0; negative from the end
@@ -313,7 +313,7 @@ def plot_routing(
     legend.set_title("")
     legend.axis("off")
     expert_legend(legend, routing, layer, loc="upper center")
-    bar = legend.inset_axes([0.1, 0.28, 0.8, 0.06])
+    bar = legend.inset_axes([0.1, 0.17, 0.8, 0.06])
     fig.colorbar(shown, cax=bar, orientation="horizontal", label="entropy / log E")
     plot_legend(SimpleNamespace(**task), fig, loc="outside lower center", ncols=8)
     fig.suptitle(f"{routing.name}: routing after block {range(n)[layer] + 1} of {n}")
