@@ -6,11 +6,10 @@
 __all__ = ['LEGEND', 'CLASSES', 'WAVELENGTHS', 'CANOPIES', 'SOILS', 'MATERIALS', 'SWATCHES', 'REGIONS', 'PLANTS', 'LandClass',
            'leaf_area', 'canopy', 'canopy_library', 'soil_spectrum', 'water_spectrum', 'swatches', 'Region', 'Domain',
            'change', 'band_responses', 'draws', 'Grid', 'noise', 'Districts', 'districts', 'Pieces', 'divide',
-           'per_piece', 'mean_per_piece', 'Layout', 'paint', 'Plant', 'growth', 'river', 'lake', 'sea',
-           'fields_and_ponds', 'subdivide', 'woods', 'crowns', 'footprint', 'Blocks', 'blocks', 'towns',
-           'waters_and_roads', 'layouts', 'plot_labels', 'Cover', 'grow', 'reflectance', 'Light', 'air', 'cast_shadow',
-           'slope_light', 'illuminate', 'point_spread', 'sense', 'pixels_of', 'stretch_of', 'develop', 'Scene',
-           'observe', 'render']
+           'per_piece', 'mean_per_piece', 'subdivide', 'Layout', 'paint', 'Plant', 'growth', 'river', 'lake', 'sea',
+           'fields_and_ponds', 'woods', 'crowns', 'footprint', 'Blocks', 'blocks', 'towns', 'waters_and_roads',
+           'layouts', 'plot_labels', 'Cover', 'grow', 'reflectance', 'Light', 'air', 'cast_shadow', 'slope_light',
+           'illuminate', 'point_spread', 'sense', 'pixels_of', 'stretch_of', 'develop', 'Scene', 'observe', 'render']
 
 # %% ../nbs/01_simulator.ipynb #c0b84770
 import math
@@ -67,10 +66,11 @@ WAVELENGTHS = torch.linspace(0.40, 1.00, 121) # um, every 5 nm
 def _curve(x, y):
     return torch.from_numpy(np.interp(WAVELENGTHS.numpy(), x, y)).float()
 
-# %% ../nbs/01_simulator.ipynb #a80ccf70
+# %% ../nbs/01_simulator.ipynb #c57f53ce
 CANOPIES = dict( # leaf layers, water (cm), dry matter (g/cm2), mean leaf angle (degrees), hot spot
-    cereal=(1.4, .012, .005, 68, .05), broad=(1.6, .018, .005, 38, .1), rice=(1.4, .012, .005, 74, .05),
-    grass=(1.5, .010, .006, 62, .05), leaf_tree=(1.8, .014, .009, 48, .2), needle_tree=(2.3, .030, .022, 58, .3))
+    cereal=(1.4, .012, .005, 68, .05), broad=(1.6, .018, .005, 38, .1),
+    rice=(1.4, .012, .005, 74, .05), grass=(1.5, .010, .006, 62, .05),
+    leaf_tree=(1.8, .014, .009, 48, .2), needle_tree=(2.3, .030, .022, 58, .3))
 _CHL, _COVER = torch.linspace(2, 74, 13), torch.linspace(0, .95, 25)
 
 def leaf_area(
@@ -128,9 +128,10 @@ def soil_spectrum(
         raise ValueError(f"moisture {moisture}; expected 0 (dry) to 1 (wet)")
     return _curve(_AT, SOILS[colour]) * (1 - moisture * (.50 + .15 * (WAVELENGTHS - .4)))
 
-# %% ../nbs/01_simulator.ipynb #795e3884
+# %% ../nbs/01_simulator.ipynb #3ab1ab26
 _WATER = ((.40, .45, .50, .55, .58, .60, .65, .70, .72, .74, .76, .80, .83, .86, .90, .93, .97, 1.),
-          (.0066, .0092, .0204, .0565, .0896, .222, .340, .624, 1.23, 2.4, 2.6, 2.0, 3., 4.5, 6.8, 15., 45., 36.))
+          (.0066, .0092, .0204, .0565, .0896, .222, .340, .624, 1.23, 2.4, 2.6, 2.0, 3., 4.5, 6.8, 15.,
+           45., 36.)) # um; absorption of pure water, 1/m
 
 def water_spectrum(
     algae: float = 3.0, # chlorophyll, mg/m3
@@ -140,7 +141,8 @@ def water_spectrum(
 ) -> Tensor: # (121,) reflectance
     "Water with algae and sediment over its bed."
     if min(algae, sediment, depth) < 0:
-        raise ValueError(f"algae {algae}, sediment {sediment}, depth {depth}: expected no negative one")
+        raise ValueError(f"algae {algae}, sediment {sediment}, depth {depth}: expected no "
+                         "negative one")
     w = WAVELENGTHS
     pigment = torch.exp(-((w - .44) / .04)**2) + .6 * torch.exp(-((w - .675) / .015)**2) + .1
     a = _curve(_WATER[0], np.log(_WATER[1])).exp() + .05 * algae**.65 * pigment
@@ -161,8 +163,9 @@ MATERIALS = dict(
     gravel=(.12, .145, .17, .195, .22, .235, .245, .25, .255, .265, .275),
     straw=(.10, .12, .15, .19, .23, .26, .29, .32, .345, .385, .42))
 
-# %% ../nbs/01_simulator.ipynb #c6f2542c
-_WATERS = dict(river=(5., 8., 6.), lake=(5., 1.5, 8.), pond=(35., 12., 2.), sea=(.6, .6, 20.), flood=(12., 14., .15))
+# %% ../nbs/01_simulator.ipynb #2d7a12bf
+_WATERS = dict(river=(5., 8., 6.), lake=(5., 1.5, 8.), pond=(35., 12., 2.), sea=(.6, .6, 20.),
+               flood=(12., 14., .15)) # algae, sediment, depth
 SWATCHES = (*(f"soil{i}" for i in range(8)), *(f"{w}{i}" for w in _WATERS for i in range(4)),
             *MATERIALS, "sand")
 _SWATCH = {name: i for i, name in enumerate(SWATCHES)}
@@ -213,11 +216,12 @@ class Region:
 
     def __post_init__(self): _check_region(self)
 
-# %% ../nbs/01_simulator.ipynb #cd65b813
+# %% ../nbs/01_simulator.ipynb #cb6ec654
 def _bounds(owner, name, low, high, unit):
     value = getattr(owner, name)
     if not isinstance(value, (int, float)):
-        raise TypeError(f"{type(owner).__name__} {owner.name!r}: {name} = {value!r}; expected a number, {unit}")
+        raise TypeError(f"{type(owner).__name__} {owner.name!r}: {name} = {value!r}; expected a "
+                        f"number, {unit}")
     if not low <= value <= high:
         raise ValueError(f"{type(owner).__name__} {owner.name!r}: {name} = {value}; expected "
                          f"{low:g} to {high:g} {unit}")
@@ -225,7 +229,8 @@ def _bounds(owner, name, low, high, unit):
 def _check_region(region):
     for name in ("forest", "shrub", "town", "village", "industry", "density", "green", "river",
                  "lake", "sea", "needles"): _bounds(region, name, 0, 1, "(a share or a chance)")
-    for name in ("parcel", "block", "river_width", "road", "street"): _bounds(region, name, 2, 2000, "m")
+    for name in ("parcel", "block", "river_width", "road", "street"):
+        _bounds(region, name, 2, 2000, "m")
     _bounds(region, "relief", 0, 500, "m"); _bounds(region, "warp", 0, 200, "m")
     _bounds(region, "storeys", 1, 40, "storeys"); _bounds(region, "aspect", 1, 10, "(length/width)")
     if region.soil not in SOILS or not region.roofs or set(region.roofs) - set(MATERIALS):
@@ -273,7 +278,7 @@ class Domain:
 
     def __post_init__(self): _check_domain(self)
 
-# %% ../nbs/01_simulator.ipynb #cf9c504c
+# %% ../nbs/01_simulator.ipynb #be807841
 def _check_domain(domain):
     if not isinstance(domain.region, Region):
         raise TypeError(f"Domain {domain.name!r}: region is {domain.region!r}; expected a Region, "
@@ -281,8 +286,8 @@ def _check_domain(domain):
     _bounds(domain, "sun_azimuth", -360, 360, "degrees")
     sun = domain.sun_zenith
     if not isinstance(sun, (int, float)) or not 0 <= sun < 85:
-        raise ValueError(f"Domain {domain.name!r}: sun_zenith = {sun!r} degrees; expected 0 (overhead) to below 85: "
-                         "at 90 the sun is below the horizon")
+        raise ValueError(f"Domain {domain.name!r}: sun_zenith = {sun!r} degrees; expected 0 (overhead) "
+                         "to below 85: at 90 the sun is below the horizon")
     for name, low, high, unit in (("day", 1, 366, "(day of the year)"), ("haze", 0, 3, "(optical depth)"),
             ("rain", 0, 1, "(moisture)"), ("gsd", .05, 100, "m"), ("blur", 0, 10, "pixels"),
             ("noise", 0, .5, "(reflectance)"), ("bits", 4, 16, "bits"), ("gamma", .2, 5, "")):
@@ -292,7 +297,7 @@ def _check_domain(domain):
                          "stretch_of(another_domain)")
     band_responses(domain.sensor)
 
-# %% ../nbs/01_simulator.ipynb #2a014805
+# %% ../nbs/01_simulator.ipynb #c5c65eda
 def change(
     domain: Domain, # where to start
     **factors, # fields of `Domain` or of `Region`, with their new values
@@ -306,9 +311,9 @@ def change(
                            f"there are {', '.join(sorted(ours | theirs))}"))
     region = factors.pop("region", domain.region)
     place = {k: factors.pop(k) for k in set(factors) - ours}
-    return replace(domain, region=replace(region, **place), **factors)
+    return replace(domain, region=replace(region, **place) if place else region, **factors)
 
-# %% ../nbs/01_simulator.ipynb #7ada584e
+# %% ../nbs/01_simulator.ipynb #898a4b2a
 @lru_cache(64)
 def band_responses(
     sensor: str|Sensor, # key of `bands.SENSORS` or a sensor
@@ -318,8 +323,8 @@ def band_responses(
     low, high = WAVELENGTHS[0].item(), WAVELENGTHS[-1].item()
     if out := [b.name for b in sensor.bands if not low <= b.center <= high]:
         inside = [b.name for b in sensor.bands if b.name not in out]
-        raise ValueError(f"sensor {sensor.name!r}: bands {out} lie outside {low:g} to {high:g} um, where the "
-                         f"simulator has spectra; select({inside}) before")
+        raise ValueError(f"sensor {sensor.name!r}: bands {out} lie outside {low:g} to {high:g} um, "
+                         f"where the simulator has spectra; select({inside}) before")
     center, width = torch.tensor(sensor.wavelengths)[:, None], torch.tensor(sensor.widths)[:, None]
     response = torch.exp(-4 * math.log(2) * ((WAVELENGTHS - center) / width.clamp_min(.01))**2)
     return response / response.sum(1, keepdim=True)
@@ -345,7 +350,7 @@ class Grid(NamedTuple):
 
     extent = property(lambda self: self.size * self.cell, doc="Side of the scene, m.")
 
-# %% ../nbs/01_simulator.ipynb #16aead4a
+# %% ../nbs/01_simulator.ipynb #8a3545e0
 @lru_cache(256)
 def _between_knots(size, n): # (size, n + 3) cubic weights (Catmull & Rom 1974) of knots around `size` cells
     at = (torch.arange(size) + .5) / size * n + 1
@@ -364,7 +369,8 @@ def noise(
     total = 0
     for o in range(octaves):
         n = max(math.ceil(grid.extent / (wavelength / 2**o)), 1)
-        knots, weights = draws(grid.seeds, f"{key}{o}", n + 3, n + 3, normal=True), _between_knots(grid.size, n)
+        weights = _between_knots(grid.size, n)
+        knots = draws(grid.seeds, f"{key}{o}", n + 3, n + 3, normal=True)
         total = total + rough**o * (weights @ knots @ weights.T)
     return total / math.sqrt(.7 * sum(rough**(2 * o) for o in range(octaves)))
 
@@ -377,7 +383,7 @@ class Districts(NamedTuple):
     u: Tensor # (scenes, size, size) coordinate across its strips, m
     v: Tensor # (scenes, size, size) coordinate along its strips, m
 
-# %% ../nbs/01_simulator.ipynb #094e05b8
+# %% ../nbs/01_simulator.ipynb #f67733ee
 def districts(
     grid: Grid, # where
     region: Region, # for `warp`
@@ -398,9 +404,10 @@ def districts(
     turn = draws(grid.seeds, "turn", 1) * math.pi + .9 * (draws(grid.seeds, "turns", n * n) - .5)
     turn = turn.gather(1, index[:, 0].flatten(1)).view_as(x)
     pair = torch.minimum(*index.unbind(1)) * 64 + torch.maximum(*index.unbind(1))
-    return Districts(index[:, 0], border, pair, x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin())
+    u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+    return Districts(index[:, 0], border, pair, u, v)
 
-# %% ../nbs/01_simulator.ipynb #1c202a77
+# %% ../nbs/01_simulator.ipynb #d6dc6161
 class Pieces(NamedTuple):
     "Fields, blocks or lots: pieces of a district."
     index: Tensor # (scenes, size, size) number of the piece
@@ -409,8 +416,8 @@ class Pieces(NamedTuple):
     width: Tensor # across, m
     length: Tensor # along, m
 
-    edge = property(lambda s: torch.minimum(torch.minimum(s.u, s.width - s.u), torch.minimum(s.v, s.length - s.v)),
-                    doc="Distance to the nearest side, m.")
+    edge = property(lambda self: torch.minimum(torch.minimum(self.u, self.width - self.u),
+        torch.minimum(self.v, self.length - self.v)), doc="Distance to the nearest side, m.")
 
 # %% ../nbs/01_simulator.ipynb #01760bb6
 def _between(x, edges):
@@ -450,7 +457,7 @@ def per_piece(
     table = draws(grid.seeds, key, 4093)
     return table.gather(1, (index.flatten(1) % 4093)).view(index.shape)
 
-# %% ../nbs/01_simulator.ipynb #e554349f
+# %% ../nbs/01_simulator.ipynb #5de61df0
 def mean_per_piece(
     values: Tensor, # (scenes, size, size)
     index: Tensor, # (scenes, size, size) number of the piece
@@ -458,10 +465,29 @@ def mean_per_piece(
     "Mean over each piece."
     at = index.flatten(1) % 4093
     total, count = torch.zeros(2, len(values), 4093)
-    total.scatter_add_(1, at, values.flatten(1)); count.scatter_add_(1, at, torch.ones_like(at, dtype=torch.float))
+    total.scatter_add_(1, at, values.flatten(1))
+    count.scatter_add_(1, at, torch.ones_like(total).gather(1, at))
     return (total / count.clamp_min(1)).gather(1, at).view(values.shape)
 
-# %% ../nbs/01_simulator.ipynb #34784358
+# %% ../nbs/01_simulator.ipynb #7a03370d
+def subdivide(
+    grid: Grid, # where
+    pieces: Pieces, # what is divided
+    side: Tensor, # (scenes, size, size) wanted side of the parts, m, one value per piece
+    key: str, # what for
+    merged: float = 0.0, # share of the neighbours that become one
+) -> Pieces: # the parts, in equal numbers per piece
+    "Divide pieces into parts of about one size."
+    nu, nv = ((x / side).round().clamp(1, 31) for x in (pieces.width, pieces.length))
+    a, c = (pieces.u / pieces.width * nu).floor(), (pieces.v / pieces.length * nv).floor()
+    base = pieces.index * 1024
+    pair = per_piece(grid, base + (a // 2 * 32 + c).long(), key + "pair") < merged
+    pair &= (a // 2 * 2 + 1 < nu)
+    first, count = torch.where(pair, a // 2 * 2, a), 1. + pair
+    w, l = pieces.width / nu, pieces.length / nv
+    return Pieces(base + (first * 32 + c).long(), pieces.u - first * w, pieces.v - c * l, w * count, l)
+
+# %% ../nbs/01_simulator.ipynb #1972aece
 @dataclass
 class Layout:
     "The ground of some scenes; every tensor is (scenes, size, size)."
@@ -477,7 +503,7 @@ class Layout:
     grid: Grid # seeds, size and cell
     region: Region # how the place is built
 
-# %% ../nbs/01_simulator.ipynb #3c4073db
+# %% ../nbs/01_simulator.ipynb #6902e448
 def paint(
     layout: Layout, # changed in place
     where: Tensor, # (scenes, size, size) bool
@@ -490,7 +516,7 @@ def paint(
         value = names[key][value] if isinstance(value, str) else value
         setattr(layout, key, torch.where(where, torch.as_tensor(value, dtype=old.dtype), old))
 
-# %% ../nbs/01_simulator.ipynb #2ffac25e
+# %% ../nbs/01_simulator.ipynb #881a029e
 class Plant(NamedTuple):
     "A plant and its year."
     name: str # what it is
@@ -502,7 +528,7 @@ class Plant(NamedTuple):
     end: float = 305. # day of the year when they are gone
     flood: tuple[float, float] = (0., 0.) # days under water
 
-# %% ../nbs/01_simulator.ipynb #0ed836e5
+# %% ../nbs/01_simulator.ipynb #247a315f
 PLANTS = (Plant("none", "grass", (0, 0), (40, 40)),
     Plant("rice", "rice", (0, 5.5), (22, 40), 150, 220, 278, (136, 196)),
     Plant("late_rice", "rice", (0, 5.), (22, 40), 188, 246, 305, (172, 236)),
@@ -530,16 +556,17 @@ def growth(
     half = torch.where(late < 0, plant.peak - plant.start, plant.end - plant.peak) / 1.5
     return torch.exp(-(late / half).abs()**3)
 
-# %% ../nbs/01_simulator.ipynb #b845ccfe
+# %% ../nbs/01_simulator.ipynb #cbb1006c
 def _axes(grid, key):
     place = (torch.arange(grid.size) + .5) * grid.cell - grid.extent / 2
     turn = 2 * math.pi * draws(grid.seeds, key, 1, 1)
-    return (place * turn.cos() + place[:, None] * turn.sin(), place[:, None] * turn.cos() - place * turn.sin())
+    return (place * turn.cos() + place[:, None] * turn.sin(),
+            place[:, None] * turn.cos() - place * turn.sin())
 
 def _some(grid, key, chance, depth):
     return torch.where(draws(grid.seeds, key, 1, 1) < chance, depth, torch.tensor(-1e4))
 
-# %% ../nbs/01_simulator.ipynb #f6b7deae
+# %% ../nbs/01_simulator.ipynb #cdc8ffe1
 def river(
     grid: Grid, # where
     region: Region, # `river` (chance) and `river_width`
@@ -557,7 +584,7 @@ def river(
     across = (t - course - (r[:, 5] - .5) * .6 * grid.extent).abs() / (1 + slope**2).sqrt()
     return _some(grid, "river", region.river, width / 2 - across + 1.5 * noise(grid, "bank", 25, 2))
 
-# %% ../nbs/01_simulator.ipynb #bfb82985
+# %% ../nbs/01_simulator.ipynb #a46b4983
 def lake(
     grid: Grid, # where
     region: Region, # `lake` (chance)
@@ -567,9 +594,10 @@ def lake(
     r = draws(grid.seeds, "lake shape", 4, 1, 1)
     far = ((s - (r[:, 0] - .5) * .7 * grid.extent)**2
            + ((t - (r[:, 1] - .5) * .7 * grid.extent) * (1 + r[:, 2]))**2).sqrt()
-    return _some(grid, "lake", region.lake, (60 + 130 * r[:, 3]) * (1 + .38 * noise(grid, "bays", 140, 3)) - far)
+    shore = (60 + 130 * r[:, 3]) * (1 + .38 * noise(grid, "bays", 140, 3))
+    return _some(grid, "lake", region.lake, shore - far)
 
-# %% ../nbs/01_simulator.ipynb #4a53f078
+# %% ../nbs/01_simulator.ipynb #522cbb98
 def sea(
     grid: Grid, # where
     region: Region, # `sea` (chance)
@@ -579,26 +607,28 @@ def sea(
     depth = s - (draws(grid.seeds, "coast", 1, 1) - .35) * .7 * grid.extent
     return _some(grid, "sea", region.sea, depth + 22 * noise(grid, "coast line", 220, 4))
 
-# %% ../nbs/01_simulator.ipynb #b3fcc0f1
+# %% ../nbs/01_simulator.ipynb #f89b85c6
 _FIELDS = (("pond", ("none",)), ("paddy", ("rice", "rice", "late_rice")),
            ("irrigated", ("maize", "cotton", "vegetables", "alfalfa")),
            ("dry_crop", ("wheat", "wheat", "maize", "soy", "fallow")), ("orchard", ("orchard",)),
            ("meadow", ("grass",)), ("bare", ("none",)))
 
 def _plough(layout, parcels, kind):
-    grid, across, plants = layout.grid, parcels.u, torch.empty(0)
+    grid = layout.grid
     for i, (label, names) in enumerate(_FIELDS):
         plants = torch.tensor([_PLANT[n] for n in names])
         which = (per_piece(grid, parcels.index, "variety") * len(names)).long()
-        paint(layout, kind == i, label=label, plant=plants[which], damp=layout.damp + 2 * (label == "irrigated"))
-    rows = 1 + .12 * torch.sin(2 * math.pi * across / max(7., 3 * grid.cell))
+        paint(layout, kind == i, label=label, plant=plants[which],
+              damp=layout.damp + 2 * (label == "irrigated"))
+    rows = 1 + .12 * torch.sin(2 * math.pi * parcels.u / max(7., 3 * grid.cell))
     crop = (kind == 2) | (kind == 3)
     vigour = .75 + .45 * per_piece(grid, parcels.index, "vigour")
-    paint(layout, kind < 4, texture=layout.texture * vigour, shift=8 * per_piece(grid, parcels.index, "early"))
+    early = 8 * per_piece(grid, parcels.index, "early")
+    paint(layout, kind < 4, texture=layout.texture * vigour, shift=early)
     paint(layout, crop, texture=layout.texture * rows)
     paint(layout, crop & (parcels.edge < 1.6), plant="grass")
 
-# %% ../nbs/01_simulator.ipynb #c311556c
+# %% ../nbs/01_simulator.ipynb #ae7f5e1b
 def fields_and_ponds(
     layout: Layout, # changed in place
     parts: Districts, # whose directions the fields follow
@@ -618,25 +648,7 @@ def fields_and_ponds(
     _orchards(layout, parcels, kind == 4)
     return parcels
 
-# %% ../nbs/01_simulator.ipynb #7fb32d0d
-def subdivide(
-    grid: Grid, # where
-    pieces: Pieces, # what is divided
-    side: Tensor, # (scenes, size, size) wanted side of the parts, m, one value per piece
-    key: str, # what for
-    merged: float = 0.0, # share of the neighbours that become one
-) -> Pieces: # the parts, in equal numbers per piece
-    "Divide pieces into parts of about one size."
-    nu, nv = ((x / side).round().clamp(1, 31) for x in (pieces.width, pieces.length))
-    a, c = (pieces.u / pieces.width * nu).floor(), (pieces.v / pieces.length * nv).floor()
-    base = pieces.index * 1024
-    pair = per_piece(grid, base + (a // 2 * 32 + c).long(), key + "pair") < merged
-    pair &= (a // 2 * 2 + 1 < nu)
-    first, count = torch.where(pair, a // 2 * 2, a), 1. + pair
-    w, l = pieces.width / nu, pieces.length / nv
-    return Pieces(base + (first * 32 + c).long(), pieces.u - first * w, pieces.v - c * l, w * count, l)
-
-# %% ../nbs/01_simulator.ipynb #bf442a2b
+# %% ../nbs/01_simulator.ipynb #bd894e6d
 def _round_inside(pieces, radius=6.0):
     sides = torch.stack([pieces.u, pieces.width - pieces.u, pieces.v, pieces.length - pieces.v])
     return -radius * torch.logsumexp(-sides / radius, 0)
@@ -644,8 +656,8 @@ def _round_inside(pieces, radius=6.0):
 def _ponds(layout, parcels, where):
     inside = _round_inside(parcels)
     turbid = (4 * per_piece(layout.grid, parcels.index, "turbid")).long() + _SWATCH["pond0"]
-    paint(layout, where, label="meadow", plant="grass", height=0., ground=layout.ground + 1.5, texture=.8)
-    paint(layout, where & (inside > 3), label="pond", plant="none", swatch=turbid, ground=layout.ground - 2.5,
+    paint(layout, where, label="meadow", plant="grass", height=0., texture=.8)
+    paint(layout, where & (inside > 3), label="pond", plant="none", swatch=turbid,
           bright=1 + .02 * noise(layout.grid, "ripple", 12))
 
 def _orchards(layout, parcels, where):
@@ -656,7 +668,7 @@ def _orchards(layout, parcels, where):
     paint(layout, where, plant="fallow", texture=1.5)
     paint(layout, tree, plant="orchard", height=1.5 + 2.5 * crown, texture=.5 + crown)
 
-# %% ../nbs/01_simulator.ipynb #6fd65487
+# %% ../nbs/01_simulator.ipynb #f43b2900
 def _share(score, share):
     return score > torch.special.ndtri(torch.tensor(1 - share).clamp(1e-4, 1 - 1e-4))
 
@@ -669,16 +681,17 @@ def woods(
     wild = noise(grid, "wild", 280, 4)
     wild = (.7 * wild + .5 * mean_per_piece(wild, parcels.index) + .35 * noise(grid, "relief", 600, 5)) / 1.2
     forest, scrub = _share(wild, region.forest), _share(wild, region.forest + region.shrub)
-    crown, patch = noise(grid, "crown", max(8., 2.2 * grid.cell), 2), noise(grid, "patch", max(7., 2.2 * grid.cell), 2)
+    crown = noise(grid, "crown", max(8., 2.2 * grid.cell), 2)
+    patch = noise(grid, "patch", max(7., 2.2 * grid.cell), 2)
     bush = patch + .5 * noise(grid, "thicket", 60, 2) > -.5
-    paint(layout, scrub, label="shrub", plant="fallow", height=.2, texture=1.)
+    paint(layout, scrub, label="shrub", plant="fallow", height=.2, texture=1., swatch="soil2")
     paint(layout, scrub & bush, plant="bush", height=(1.6 + .5 * patch).clamp(.6, 3), texture=.9 + .2 * patch)
     needles = _share(noise(grid, "needles", 180, 2), region.needles)
     tall = 13 + 3 * noise(grid, "stand", 150) + 2.6 * crown
-    paint(layout, forest, label="forest", height=tall.clamp(6, 28), texture=.85 + .12 * crown,
+    paint(layout, forest, label="forest", height=tall.clamp(6, 28), swatch="soil3", texture=.85 + .12 * crown,
           plant=torch.where(needles, _PLANT["needle_tree"], _PLANT["leaf_tree"]))
 
-# %% ../nbs/01_simulator.ipynb #d893d844
+# %% ../nbs/01_simulator.ipynb #c663d7d8
 def crowns(
     layout: Layout, # changed in place
     chance: Tensor, # (scenes, size, size) that a tree stands at a place, 0..1
@@ -692,12 +705,13 @@ def crowns(
     row, column = place.floor().long()[:, None], place.floor().long()
     spot = (row * 509 + column).expand(len(grid.seeds), -1, -1)
     r = [per_piece(grid, spot, key + k) for k in "xysp"]
-    away = ((place % 1 - .5 - .3 * (r[0] - .5))**2 + ((place % 1)[:, None] - .5 - .3 * (r[1] - .5))**2).sqrt()
+    x, y = place % 1 - .5 - .3 * (r[0] - .5), (place % 1)[:, None] - .5 - .3 * (r[1] - .5)
+    away = (x**2 + y**2).sqrt()
     crown = 1 - (away / (.2 + .17 * r[2]))**2
     paint(layout, (crown > 0) & (r[3] < chance), label="tree", plant="leaf_tree", swatch="soil3",
           height=3 + 5 * r[2] + 3 * crown, texture=.6 + .4 * crown)
 
-# %% ../nbs/01_simulator.ipynb #4c764c5d
+# %% ../nbs/01_simulator.ipynb #56cc2da7
 def footprint(
     grid: Grid, # where
     lots: Pieces, # one house each
@@ -706,14 +720,15 @@ def footprint(
     "Rectangles and Ls in their lots."
     r = [per_piece(grid, lots.index, f"house{i}") for i in range(6)]
     side = share**.5
-    w, l = (x * (side * (.8 + .35 * k)).clamp(max=.94) for x, k in ((lots.width, r[0]), (lots.length, r[1])))
+    w = lots.width * (side * (.8 + .35 * r[0])).clamp(max=.94)
+    l = lots.length * (side * (.8 + .35 * r[1])).clamp(max=.94)
     u = lots.u - lots.width / 2 - (r[2] - .5) * (lots.width - w)
     v = lots.v - lots.length / 2 - (r[3] - .5) * (lots.length - l)
     inside = torch.minimum(w / 2 - u.abs(), l / 2 - v.abs())
     notch = torch.minimum(u * (1 - 2 * (r[5] < .5).float()), v) + .02 * w
     return torch.where(r[4] < .4, torch.minimum(inside, -notch), inside)
 
-# %% ../nbs/01_simulator.ipynb #201f6db9
+# %% ../nbs/01_simulator.ipynb #b8ccb564
 class Blocks(NamedTuple):
     "Where it is built up, and how."
     pieces: Pieces # between streets
@@ -721,7 +736,7 @@ class Blocks(NamedTuple):
     industry: Tensor # (scenes, size, size) bool
     village: Tensor # (scenes, size, size) bool
 
-# %% ../nbs/01_simulator.ipynb #2c34687a
+# %% ../nbs/01_simulator.ipynb #6f4b7f4c
 def blocks(
     grid: Grid, # where
     region: Region, # shares, block size
@@ -736,7 +751,7 @@ def blocks(
     village = _share(score("village", 170), region.village) & ~town
     return Blocks(pieces, town, town & _share(works, region.industry), village)
 
-# %% ../nbs/01_simulator.ipynb #530a9000
+# %% ../nbs/01_simulator.ipynb #f5263396
 def towns(
     layout: Layout, # changed in place
     built: Blocks, # where
@@ -754,20 +769,20 @@ def towns(
     _streets(layout, built, settled)
     inner = block.edge > region.street / 2 + 1
     vacant = mean_per_piece((free & settled).float(), lots.index) > .12
-    chance = torch.where(built.village, .75, torch.where(built.industry, .85, .93))
+    chance = torch.where(built.village, .85, torch.where(built.industry, .85, .93))
     stands = settled & inner & ~open_ & ~free & ~vacant & (per_piece(grid, lots.index, "stands") < chance)
     _houses(layout, built, lots, stands)
     lot = mean_per_piece(stands.float(), lots.index) == 0
     paint(layout, settled & inner & ~open_ & lot & (dice("fallow") < .6), label="bare", plant="fallow",
           swatch="soil1", texture=.6)
 
-# %% ../nbs/01_simulator.ipynb #8922efba
+# %% ../nbs/01_simulator.ipynb #b4b7c12a
 def _yards(layout, built, lots, settled, square, park):
     grid, region = layout.grid, layout.region
     garden = per_piece(grid, lots.index, "garden") < torch.where(built.village, .8, torch.where(
         built.industry, .12, region.green))
     paint(layout, settled, label="square", plant="none", height=0., texture=1., shift=0,
-          swatch=_one_of(per_piece(grid, lots.index, "paving"), ("concrete", "asphalt", "gravel", "concrete")))
+          swatch=_one_of(per_piece(grid, lots.index, "paving"), ("concrete", "asphalt", "gravel")))
     paint(layout, settled & garden | park, label="lawn", plant="lawn", swatch="soil3",
           texture=.7 + .5 * per_piece(grid, lots.index, "mown"))
     paint(layout, settled, bright=(.65 + .4 * per_piece(grid, lots.index, "worn")) * layout.bright)
@@ -786,26 +801,27 @@ def _streets(layout, built, settled):
 def _one_of(dice, names):
     return torch.tensor([_SWATCH[n] for n in names])[(dice * len(names)).long()]
 
-# %% ../nbs/01_simulator.ipynb #bc93dfc9
+# %% ../nbs/01_simulator.ipynb #6326b982
 def _houses(layout, built, lots, stands):
     grid, region = layout.grid, layout.region
     dice = lambda key: per_piece(grid, lots.index, key)
-    share = torch.where(built.industry, .72, torch.where(built.village, .34, region.density))
+    share = torch.where(built.industry, .72, torch.where(built.village, .42, region.density))
     inside = footprint(grid, lots, share)
     spread = torch.special.ndtri(dice("storeys").clamp(.02, .98))
     tall = 3 * (region.storeys * torch.exp(.55 * spread)).round().clamp(1, 40)
     tall = torch.where(built.village, 3.5 + 2.5 * dice("tall"), torch.where(
         built.industry, 6 + 6 * dice("tall"), tall))
-    ridge = torch.where(built.village | (tall < 10) & ~built.industry, .55 * inside.clamp(0, 5), .12 * inside.clamp(0, 9))
-    roof = torch.where(built.industry, _one_of(dice("roof"), ("blue_metal", "white_metal", "concrete", "bitumen")),
-                       _one_of(dice("roof"), region.roofs))
+    pitched = built.village | (tall < 10) & ~built.industry
+    ridge = torch.where(pitched, .55 * inside.clamp(0, 5), .12 * inside.clamp(0, 9))
+    works = _one_of(dice("roof"), ("blue_metal", "white_metal", "concrete", "bitumen"))
+    roof = torch.where(built.industry, works, _one_of(dice("roof"), region.roofs))
     label = torch.where(built.industry, _ID["industrial_building"], torch.where(
         built.village, _ID["rural_building"], _ID["urban_building"]))
     old = .75 + .5 * dice("old") + .05 * noise(grid, "stains", max(5., 2 * grid.cell))
     paint(layout, stands & (inside > 0), label=label, plant="none", swatch=roof, height=tall + ridge,
           bright=old, texture=1.)
 
-# %% ../nbs/01_simulator.ipynb #1af32177
+# %% ../nbs/01_simulator.ipynb #c63416ee
 def waters_and_roads(
     layout: Layout, # changed in place
     bodies: dict[str, Tensor], # "river", "lake", "sea": metres from the bank, positive in the water
@@ -819,27 +835,30 @@ def waters_and_roads(
               swatch="soil5" if name == "lake" else "sand", bright=1. if name == "sea" else .75)
         turbid = (4 * draws(layout.grid.seeds, name + " turbid", 1, 1)).long() + _SWATCH[name + "0"]
         paint(layout, depth > 0, label=name, swatch=turbid, bright=ripple, damp=0.)
-    deck = _one_of(per_piece(layout.grid, layout.label * 0, "deck"), ("asphalt", "asphalt", "asphalt", "concrete"))
+    deck = _one_of(draws(layout.grid.seeds, "deck", 1, 1), ("asphalt",) * 3 + ("concrete",))
     paint(layout, long_road & (bodies["lake"] <= 0) & (bodies["sea"] <= -8), label="road", plant="none",
-          swatch=deck, height=torch.where(bodies["river"] > -4, 4., 0.), bright=.8 + .3 * ripple - .2, texture=1.)
+          swatch=deck, height=torch.where(bodies["river"] > -4, 4., 0.), bright=.9 * ripple, texture=1.)
 
-# %% ../nbs/01_simulator.ipynb #25415358
+# %% ../nbs/01_simulator.ipynb #3a18cf1b
 def _tracks(layout, parcels):
     strip = parcels.index // 257
-    track = (parcels.u < max(4., 1.1 * layout.grid.cell)) & (per_piece(layout.grid, strip, "track") < .3)
-    dusty = (layout.label == _ID["forest"]) | (layout.label == _ID["pond"])
-    paint(layout, track & ~dusty, label="road", plant="none", swatch="soil1", height=0., bright=1.05, shift=0)
+    track = parcels.u < max(4., 1.1 * layout.grid.cell)
+    track &= per_piece(layout.grid, strip, "track") < .3
+    spared = (layout.label == _ID["forest"]) | (layout.label == _ID["pond"])
+    paint(layout, track & ~spared, label="road", plant="none", swatch="soil1", height=0.,
+          bright=1.05, shift=0)
 
 def _blank(grid, region):
     finer = max(0, math.ceil(math.log2(3 / grid.cell)))
     whole = torch.zeros(len(grid.seeds), grid.size, grid.size)
     code = whole.long()
     return Layout(label=code + _ID["meadow"], plant=code + _PLANT["grass"], swatch=code, shift=code,
-                  damp=1.4 * noise(grid, "damp", 60, 3), bright=1 + .07 * noise(grid, "mottle", 30, 4 + finer, .8),
+                  damp=1.4 * noise(grid, "damp", 60, 3),
+                  bright=1 + .07 * noise(grid, "mottle", 30, 4 + finer, .8),
                   texture=(1 + .16 * noise(grid, "leaves", 40, 5 + finer, .8)).clamp(.3, 1.8), height=whole,
                   ground=region.relief * noise(grid, "relief", 600, 5), grid=grid, region=region)
 
-# %% ../nbs/01_simulator.ipynb #bf22ef9e
+# %% ../nbs/01_simulator.ipynb #cb3f946d
 def layouts(
     region: Region, # how the place is built
     seeds: Sequence[int], # one per scene
@@ -856,16 +875,18 @@ def layouts(
     bodies = dict(river=river(grid, region), lake=lake(grid, region), sea=sea(grid, region))
     shore = torch.stack(list(bodies.values())).amax(0)
     layout.ground = layout.ground * (-shore / 60).clamp(0, 1)
-    long_road = (parts.border < max(region.road / 2, .6 * cell)) & (per_piece(grid, parts.pair, "roads") < .85)
+    long_road = parts.border < max(region.road / 2, .6 * cell)
+    long_road &= per_piece(grid, parts.pair, "roads") < .85
     built = blocks(grid, region, parts)
     parcels = fields_and_ponds(layout, parts)
     _tracks(layout, parcels)
     woods(layout, parcels)
     towns(layout, built, long_road | (parts.border < region.road / 2 + 3) | (shore > -8))
     waters_and_roads(layout, bodies, long_road)
+    layout.ground = layout.ground - 2.5 * (layout.label == _ID["pond"]) # dykes stand above the water
     return layout
 
-# %% ../nbs/01_simulator.ipynb #f8e61f3d
+# %% ../nbs/01_simulator.ipynb #c5ee2a67
 def plot_labels(
     label: Tensor, # (size, size) classes
     ax=None, # matplotlib axes, made if None
@@ -878,17 +899,18 @@ def plot_labels(
     if legend:
         there = [LEGEND[i] for i in label.unique().tolist()]
         marks = [plt.Line2D([], [], marker="s", ls="", c=np.array(c.colour) / 255) for c in there]
-        ax.legend(marks, [c.name for c in there], fontsize=5, loc="center left", bbox_to_anchor=(1, .5), frameon=False)
+        ax.legend(marks, [c.name for c in there], fontsize=5, frameon=False, loc="center left",
+                  bbox_to_anchor=(1, .5))
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/01_simulator.ipynb #9bba93cc
+# %% ../nbs/01_simulator.ipynb #ee3e31ea
 class Cover(NamedTuple):
     "What light meets: two positions in the tables of spectra."
     canopy: Tensor # (scenes, size, size) position in the flattened `canopy_library`
     swatch: Tensor # (scenes, size, size) position in `SWATCHES`
 
-# %% ../nbs/01_simulator.ipynb #8add74e2
+# %% ../nbs/01_simulator.ipynb #56251f6c
 def _calendar(day, later):
     early = torch.linspace(-11, 11, 8)
     lai, chl, wet, bare = [], [], [], []
@@ -918,7 +940,7 @@ def grow(
     swatch = torch.where(wet, _SWATCH["flood0"] + layout.shift % 4, swatch)
     return Cover((kind * len(_CHL) + leaf) * len(_COVER) + cover, swatch)
 
-# %% ../nbs/01_simulator.ipynb #4ae11343
+# %% ../nbs/01_simulator.ipynb #10b4d2d1
 @lru_cache(16)
 def _band_tables(soil, sensor):
     response = band_responses(sensor)
@@ -937,7 +959,7 @@ def reflectance(
     rho.mul_(share.index_select(1, leaf)).add_(black.index_select(1, leaf))
     return rho.view(len(rho), *layout.label.shape).transpose(0, 1)
 
-# %% ../nbs/01_simulator.ipynb #b288f9f6
+# %% ../nbs/01_simulator.ipynb #fa1160fb
 class Light(NamedTuple):
     "What the air does, per wavelength."
     direct: Tensor # (n,) share of the sun that arrives unscattered
@@ -945,7 +967,7 @@ class Light(NamedTuple):
     up: Tensor # (n,) share of the ground's light that reaches the sensor
     path: Tensor # (n,) reflectance of the air itself
 
-# %% ../nbs/01_simulator.ipynb #b368c196
+# %% ../nbs/01_simulator.ipynb #1043a70e
 def air(
     sun_zenith: float, # degrees
     haze: float, # aerosol optical depth at 0.55 um
@@ -967,7 +989,7 @@ def air(
                for p, tau in zip(phases, (molecules, aerosol)))
     return Light(direct, diffuse, torch.exp(-.5 * molecules - .18 * aerosol), path)
 
-# %% ../nbs/01_simulator.ipynb #b18ea406
+# %% ../nbs/01_simulator.ipynb #c2a167c0
 def cast_shadow(
     height: Tensor, # (scenes, size, size) of the surface, m
     sun_zenith: float, # degrees
@@ -986,7 +1008,7 @@ def cast_shadow(
         above = torch.maximum(above, wide[:, y:y + size, x:x + size] - k * rise)
     return ((above - height) / (.5 * rise + .3)).clamp(0, 1)
 
-# %% ../nbs/01_simulator.ipynb #7c087f39
+# %% ../nbs/01_simulator.ipynb #63ab5938
 def slope_light(
     height: Tensor, # (scenes, size, size) of the surface, m
     sun_zenith: float, # degrees
@@ -996,14 +1018,16 @@ def slope_light(
     "Slopes that face the sun get more of it."
     zenith, azimuth = math.radians(sun_zenith), math.radians(sun_azimuth)
     def rise(dim):
-        d = F.pad(height, (1, 1, 0, 0) if dim == 2 else (0, 0, 1, 1), mode="replicate").diff(dim=dim) / cell
+        sides = (1, 1, 0, 0) if dim == 2 else (0, 0, 1, 1)
+        d = F.pad(height, sides, mode="replicate").diff(dim=dim) / cell
         back, on = d.narrow(dim, 0, height.shape[dim]), d.narrow(dim, 1, height.shape[dim])
-        return torch.where(back * on > 0, torch.where(back.abs() < on.abs(), back, on), 0.).clamp(-.7, .7)
+        least = torch.where(back.abs() < on.abs(), back, on)
+        return torch.where(back * on > 0, least, 0.).clamp(-.7, .7)
     gx, gy = rise(2), rise(1)
     toward = math.tan(zenith) * (-gx * math.sin(azimuth) + gy * math.cos(azimuth))
     return ((1 + toward) / (1 + gx**2 + gy**2).sqrt()).clamp(0, 2.5)
 
-# %% ../nbs/01_simulator.ipynb #4600cde8
+# %% ../nbs/01_simulator.ipynb #19020f34
 def illuminate(
     rho: Tensor, # (scenes, bands, size, size) reflectance of the surface
     layout: Layout, # heights
@@ -1022,7 +1046,7 @@ def illuminate(
     lit.add_(per_band(light.up * light.diffuse) * sky[:, None]).mul_(rho)
     return lit.add_(per_band(light.path))
 
-# %% ../nbs/01_simulator.ipynb #7f8d856f
+# %% ../nbs/01_simulator.ipynb #2e20f256
 @lru_cache(64)
 def point_spread(
     cells: int, # along a side of the ground
@@ -1033,7 +1057,8 @@ def point_spread(
     ratio = cells / pixels
     left, right = (torch.arange(pixels) + k for k in (0., 1.))
     cell = torch.arange(cells) / ratio
-    area = (torch.minimum(right[:, None], cell + 1 / ratio) - torch.maximum(left[:, None], cell)).clamp_min(0)
+    area = torch.minimum(right[:, None], cell + 1 / ratio) - torch.maximum(left[:, None], cell)
+    area = area.clamp_min(0)
     if width < .05: return area / area.sum(1, keepdim=True)
     sigma, margin = width * ratio / 2.355, math.ceil(3 * width * ratio)
     reach = torch.arange(-margin, cells + margin) - torch.arange(cells)[:, None]
@@ -1043,7 +1068,7 @@ def point_spread(
     spread = area @ (soft / soft.sum(1, keepdim=True))
     return spread / spread.sum(1, keepdim=True)
 
-# %% ../nbs/01_simulator.ipynb #e3056c29
+# %% ../nbs/01_simulator.ipynb #a747390b
 def sense(
     image: Tensor, # (scenes, bands, size, size) reflectance at the sensor, on the cells of the ground
     domain: Domain, # pixel size, blur, noise, depth
@@ -1059,7 +1084,7 @@ def sense(
     top = 2**domain.bits - 1
     return seen.mul_(top).round_().clamp_(0, top).div_(top)
 
-# %% ../nbs/01_simulator.ipynb #ef0357b5
+# %% ../nbs/01_simulator.ipynb #b2a15d6d
 def pixels_of(
     grid: Grid, # of the ground
     gsd: float, # pixel size, m
@@ -1067,12 +1092,12 @@ def pixels_of(
     "How many pixels of a size cover the ground."
     pixels = round(grid.extent / gsd)
     if gsd < .999 * grid.cell or pixels < 8:
-        raise ValueError(f"pixels of {gsd} m on {grid.size} cells of {grid.cell} m give {pixels} pixels; expected "
-                         "a pixel not smaller than a cell and at least 8 pixels: make layouts with a smaller cell "
-                         "or a larger size")
+        raise ValueError(f"pixels of {gsd} m on {grid.size} cells of {grid.cell} m give {pixels} pixels; "
+                         "expected a pixel not smaller than a cell and at least 8 pixels: make layouts "
+                         "with a smaller cell or a larger size")
     return pixels
 
-# %% ../nbs/01_simulator.ipynb #53b22ffe
+# %% ../nbs/01_simulator.ipynb #ab929784
 @lru_cache(128)
 def stretch_of(
     domain: Domain, # the product
@@ -1083,6 +1108,7 @@ def stretch_of(
     low, high = np.percentile(seen.numpy(), (.5, 99), axis=1)
     return tuple((.9 * low).tolist()), tuple((1.2 * high + 1e-3).tolist())
 
+# %% ../nbs/01_simulator.ipynb #4d7b0517
 def develop(
     seen: Tensor, # (scenes, bands, pixels, pixels) reflectance
     domain: Domain, # `stretch` and `gamma`
@@ -1092,11 +1118,11 @@ def develop(
     limits = stretch_of(domain) if domain.stretch == "own" else domain.stretch
     low, high = (torch.tensor(x)[:, None, None] for x in limits)
     if len(low) != seen.shape[1]:
-        raise ValueError(f"Domain {domain.name!r}: a stretch of {len(low)} bands for {seen.shape[1]}; expected "
-                         "the stretch of a domain with the same bands")
+        raise ValueError(f"Domain {domain.name!r}: a stretch of {len(low)} bands for {seen.shape[1]}; "
+                         "expected the stretch of a domain with the same bands")
     return ((seen - low) / (high - low)).clamp_(0, 1).pow_(1 / domain.gamma).mul_(255).round_()
 
-# %% ../nbs/01_simulator.ipynb #8427a9e9
+# %% ../nbs/01_simulator.ipynb #52da3624
 @dataclass
 class Scene:
     "One rendered scene."
@@ -1114,7 +1140,7 @@ class Scene:
         image = self.image[list(as_sensor(self.domain.sensor).rgb_index)].permute(1, 2, 0)
         return image / 255 if self.domain.stretch else (image / .3).clamp(0, 1)**.7
 
-# %% ../nbs/01_simulator.ipynb #fc4ff502
+# %% ../nbs/01_simulator.ipynb #9eeb131d
 def observe(
     layout: Layout, # the ground
     domain: Domain, # day, light, sensor; its region must be that of the layout
@@ -1134,7 +1160,7 @@ def _pixels(layout, pixels):
     share = mean @ F.one_hot(layout.label, len(LEGEND)).movedim(-1, 1).float() @ mean.T
     return share.argmax(1), mean @ layout.height @ mean.T, mean @ layout.ground @ mean.T
 
-# %% ../nbs/01_simulator.ipynb #24131625
+# %% ../nbs/01_simulator.ipynb #7b6d0e81
 def render(
     domain: Domain, # region, day, light, sensor
     seeds: Sequence[int], # one per scene
