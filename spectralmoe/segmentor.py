@@ -232,7 +232,7 @@ class SavedSegmentor(TrainableSegmentor):
         table.loc["total"] = table.sum()
         return table
 
-# %% ../nbs/16_segmentor.ipynb #b229ada9
+# %% ../nbs/16_segmentor.ipynb #a50d0906
 class Segmentor(SavedSegmentor):
     "Frozen foundation models, what refines them, and a head."
     @classmethod
@@ -249,8 +249,7 @@ class Segmentor(SavedSegmentor):
     ) -> "Segmentor":
         "A model for a benchmark, ready to be trained."
         b, m = find_benchmark(benchmark), _method(method, overrides)
-        vfm = _loaded(vfm, load_vfm, in_bands=b.input_sensor) if m.backbone else None
-        if m.tuned: vfm = copy.deepcopy(vfm).unfreeze()
+        vfm = _loaded(vfm, load_vfm, m.tuned, in_bands=b.input_sensor) if m.backbone else None
         settings = dict(head=head if m.backbone else "raw_conv", head_sizes=head_sizes or {}, seed=seed)
         config = _config(m, vfm, settings, overrides)
         dfm = _loaded(dfm, load_dfm) if config and config.needs_depth else None
@@ -269,14 +268,13 @@ class Segmentor(SavedSegmentor):
         c = _read_config(folder)
         vfm = _same(c["vfm"], vfm, load_vfm, METHODS[c["method"]].tuned)
         dfm = _same(c["dfm"], dfm, load_dfm)
-        if METHODS[c["method"]].tuned: vfm = copy.deepcopy(vfm).unfreeze()
         config = c["adapter"] and SpectralMoEConfig.from_dict(c["adapter"])
         parts = _trained_parts(c["task"], vfm, dfm, config, **c["settings"])
         model = cls(c["task"], c["method"], vfm, dfm, *parts, c["settings"], c["statistics"])
         model.load_trained(_read_weights(folder / "model.safetensors"), str(folder / "model.safetensors"))
         return model
 
-# %% ../nbs/16_segmentor.ipynb #b1deb6a0
+# %% ../nbs/16_segmentor.ipynb #1bebe683
 def _method(name, overrides):
     if name not in METHODS:
         raise ValueError(f"method={name!r} is not known; expected one of {', '.join(METHODS)}")
@@ -284,11 +282,13 @@ def _method(name, overrides):
         raise ValueError(f"method {name!r} has no adapter, so {sorted(overrides)} would have no effect; leave them out")
     return METHODS[name]
 
-def _loaded(model, load, **kwargs):
+def _loaded(model, load, tuned=False, **kwargs):
+    "A backbone of one's own: what is given is copied if anything of it will be trained."
     if isinstance(model, (str, dict)):
-        return load(**{**kwargs, **({"name": model} if isinstance(model, str) else model)})
-    if model is None: raise ValueError(f"this method needs a backbone: give a name, arguments or a model of `{load.__name__}`")
-    return model
+        model = load(**{**kwargs, **({"name": model} if isinstance(model, str) else model)})
+    elif model is None: raise ValueError(f"this method needs a backbone: give a name, arguments or a model of `{load.__name__}`")
+    elif tuned or any(p.requires_grad for p in model.parameters()): model = copy.deepcopy(model)
+    return model.unfreeze() if tuned else model
 
 # %% ../nbs/16_segmentor.ipynb #3ef0eeac
 def _config(method, vfm, settings, overrides):
@@ -328,7 +328,7 @@ def _check_keys(own, state, where):
                          f"{few(missing)}, {len(unexpected)} unexpected{few(unexpected)}, {len(shapes)} of another shape"
                          f"{few(shapes)}. Load a checkpoint of this very method and these sizes")
 
-# %% ../nbs/16_segmentor.ipynb #0d27cc02
+# %% ../nbs/16_segmentor.ipynb #310fd071
 FORMAT = 1  # of config.json; raised when an older reader could misread it
 
 def _config_of(model):
@@ -348,7 +348,7 @@ def _read_config(folder):
 
 def _same(saved, given, load, tuned=False):
     if saved is None: return None
-    model = given or load(**saved["source"])
+    model = _loaded(given or saved["source"], load, tuned)
     if not tuned and model.fingerprint() != saved["sha256"]:
         raise ValueError(f"{model.name}: the weights have sha256 {model.fingerprint()[:12]}..., the checkpoint was trained on "
                          f"{saved['sha256'][:12]}... ({saved['source']}); give exactly those weights")

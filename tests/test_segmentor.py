@@ -77,6 +77,18 @@ def test_methods_start_alike_and_share_random_numbers(batch):
     assert torch.equal(*(m.head.classifier.weight for m in models.values()))
 
 
+@pytest.mark.parametrize("method", ["frozen", "full"])
+def test_a_given_backbone_is_not_trained_behind_its_owners_back(method, batch):
+    "Models built from one backbone object share no trained kernel, so that methods start alike."
+    vfm = load_vfm(**VFM, in_bands=BENCHMARKS["made_tiles"].input_sensor)
+    before = {k: v.clone() for k, v in vfm.state_dict().items()}
+    first = train(build(method, vfm=vfm), *batch)
+    second = build(method, vfm=vfm)
+    assert not torch.equal(first.vfm.extra_bands, before["extra_bands"])
+    assert all(torch.equal(v, before[k]) for m in (vfm, second.vfm) for k, v in m.state_dict().items())
+    assert vfm.frozen
+
+
 def test_another_backbone_is_refused_with_both_hashes(batch, tmp_path):
     folder = build().save_pretrained(tmp_path / "model")
     other = load_vfm(**{**build().vfm.source, "seed": 7})
