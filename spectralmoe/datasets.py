@@ -839,7 +839,7 @@ class _Loaders(LightningDataModule):
     def _loader(self, data, **how):
         return DataLoader(data, collate_fn=collate, num_workers=self.num_workers, **how)
 
-# %% ../nbs/03_datasets.ipynb #fcfa107f
+# %% ../nbs/03_datasets.ipynb #4f98e116
 class DomainDataModule(_Loaders):
     "Source batches to train and validate on; targets to evaluate on, which cannot reach training."
     def __init__(self,
@@ -878,6 +878,8 @@ class DomainDataModule(_Loaders):
     source_val = cached_property(lambda self: self._val.standardised(self.statistics))
     targets = cached_property(lambda self: {
         name: tiles.standardised(self.statistics) for name, tiles in self._targets.items()})
+    fingerprints = cached_property(lambda self: {
+        name: tiles.fingerprint() for name, tiles in {self.benchmark.source.name: self.source, **self._targets}.items()})
 
 # %% ../nbs/03_datasets.ipynb #f1a9575b
 def _refuse_shared(source, targets):

@@ -8,9 +8,9 @@ __all__ = ['PACKAGES', 'STATUSES', 'NOTE', 'STYLE', 'PROFILES', 'notebooks_folde
            'ExperimentFailed', 'reproduce', 'code_state', 'package_versions', 'device_name', 'plain', 'RunRecord',
            'html_table', 'Html', 'record_rows', 'read_record', 'read_records', 'recording', 'finished', 'Cell',
            'results_table', 'write_table', 'index_page', 'Profile', 'run_method', 'choose_profile', 'run_folder',
-           'load_data', 'fingerprints', 'predict_tile', 'plot_predictions', 'write_figure', 'demo']
+           'load_data', 'predict_tile', 'plot_predictions', 'write_figure', 'demo']
 
-# %% ../nbs/30_reproduce.ipynb #35964a97
+# %% ../nbs/30_reproduce.ipynb #9ab6fa44
 import ast, difflib, hashlib, html, json, logging, math, os, platform, subprocess, sys, time
 import re, tokenize
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import spectralmoe
-from .benchmarks import Benchmark, plot_legend
+from .benchmarks import Benchmark, benchmark as find_benchmark, plot_legend
 
 # %% ../nbs/30_reproduce.ipynb #d1773b01
 def notebooks_folder() -> Path:  # the folder that holds the experiment notebooks
@@ -583,14 +583,14 @@ PROFILES = {
     "paper": Profile("the paper's sizes", dict(name="dinov3-vitl16"), dict(name="prompt-depth-anything-vitl"), precision="bf16-mixed"),
 }
 
-# %% ../nbs/30_reproduce.ipynb #40344a54
+# %% ../nbs/30_reproduce.ipynb #04495329
 def run_method(
     benchmark: str | Benchmark,  # key of `BENCHMARKS`, or your own
     method: str,  # key of `METHODS`
     seed: int,  # of batches, first weights and noise
     profile: str | Profile,  # key of `PROFILES`, or your own
     folder: str | Path,  # of all runs
-    data: str | Path | None = None,  # folder the data lie under
+    data: "str | Path | DomainDataModule | None" = None,  # folder the data lie under, or what `load_data` gave
     experiment: str = "benchmark",  # under which the record is filed
     parameters: dict | None = None,  # of the notebook, for the record
     overrides: dict | None = None,  # fields of SpectralMoEConfig, for methods that have an adapter
@@ -599,11 +599,16 @@ def run_method(
     "Train on the source, score on source validation and on every target, record it all."
     from spectralmoe.segmentor import METHODS, Segmentor
     from spectralmoe.training import fit
-    p, module = choose_profile(profile), load_data(profile, benchmark, data, seed)
+    p = choose_profile(profile)
+    module = load_data(p, benchmark, data) if data is None or isinstance(data, (str, Path)) else data
+    if module.benchmark.name != find_benchmark(benchmark).name:
+        raise ValueError(f"the data are of {module.benchmark.name!r} and the run is of {find_benchmark(benchmark).name!r}; "
+                         "give one benchmark's `load_data`, or a folder")
+    module.seed = seed
     task, kind = module.benchmark, METHODS[method]
     adapter = {**p.adapter, **(overrides or {})} if kind.adapter else {}
     steps, lr = p.steps or task.steps, p.lr or task.lr
-    record = RunRecord(experiment, task.name, method, seed, parameters or {}, data=fingerprints(module),
+    record = RunRecord(experiment, task.name, method, seed, parameters or {}, data=module.fingerprints,
         config=dict(profile=plain(p), adapter=adapter, steps=steps, lr=lr, batch_size=module.batch_size, crop=module.crop))
     if known := finished(record, folder): return known
     with recording(record, folder):
@@ -641,7 +646,7 @@ def run_folder(
     "Where a run keeps its weights."
     return Path(folder) / record.experiment / "models" / record.path(folder).stem
 
-# %% ../nbs/30_reproduce.ipynb #6556f18d
+# %% ../nbs/30_reproduce.ipynb #fe7d3068
 def load_data(
     profile: str | Profile,  # crop, batch and held-out share
     benchmark: str | Benchmark,  # key of `BENCHMARKS`, or your own
@@ -654,12 +659,6 @@ def load_data(
     p = choose_profile(profile)
     return DomainDataModule(benchmark, data or None, p.batch_size, crop=p.crop, seed=seed, val_fraction=p.val_fraction,
                             augment=Compose(FlipRotate(), BandJitter()))
-
-def fingerprints(
-    module: "DomainDataModule",  # of a benchmark
-) -> dict[str, str]:  # domain -> sha256 of its files
-    "What the data were."
-    return {module.benchmark.source.name: module.source.fingerprint(), **{n: t.fingerprint() for n, t in module.targets.items()}}
 
 def _scores(model, module, precision):
     from spectralmoe.evaluation import evaluate

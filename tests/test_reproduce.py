@@ -176,3 +176,16 @@ def test_missing_notebooks_say_how_to_find_them(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECTRALMOE_NOTEBOOKS", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="SPECTRALMOE_NOTEBOOKS"): reproduce("benchmark")
     with pytest.raises(FileNotFoundError, match="SPECTRALMOE_NOTEBOOKS"): demo(folder=tmp_path / "runs")
+
+
+def test_runs_that_share_their_data_are_the_same_runs(tmp_path):
+    "Data opened once for all seeds, or anew for each: same record, same numbers."
+    from spectralmoe.reproduce import load_data, run_method
+    module = load_data("smoke", "made_tiles")
+    for seed in (1, 0):
+        shared = run_method("made_tiles", "frozen", seed, "smoke", tmp_path / "shared", module, progress=None)
+        alone = run_method("made_tiles", "frozen", seed, "smoke", tmp_path / "alone", progress=None)
+        assert shared.id == alone.id and shared.data == alone.data
+        assert all(shared.metrics[d]["confusion"] == alone.metrics[d]["confusion"] for d in alone.metrics)
+    with pytest.raises(ValueError, match="of 'made_tiles' and the run is of 'wildfire_cross_region'"):
+        run_method("wildfire_cross_region", "frozen", 0, "smoke", tmp_path, module)
