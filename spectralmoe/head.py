@@ -198,22 +198,25 @@ def matching_loss(
               for name, weight in criterion.weight_dict.items()}
     return {"loss": sum(losses.values()), **losses}
 
-# %% ../nbs/15_head.ipynb #7ea683ae
+# %% ../nbs/15_head.ipynb #fbb800e6
 class Mask2FormerHead(nn.Module):
     "Mask2Former on four maps, with external or learned query positions (Cheng et al. 2022)."
-    scales = (4, 2, 1, 0.5)
 
     def __init__(
         self,
         in_dim: int,  # D, channels of each of the four maps
         n_classes: int,  # K
         linked: bool = True,  # query positions come from outside: the experts
+        scales: Sequence[float] = (4, 2, 1, 0.5),  # of the maps it wants, in token grids, fine to coarse
         **sizes,  # arguments of `mask2former_config`
     ):
         from transformers.models.mask2former import modeling_mask2former as library
         super().__init__()
+        if len(scales) != 4 or sorted(scales, reverse=True) != list(scales) or min(scales) <= 0:
+            raise ValueError(f"scales={tuple(scales)}; expected four sizes in token grids from fine to coarse: "
+                             "(4, 2, 1, 0.5) makes strides 4 to 32 of 16 px patches, (2, 1, 0.5, 0.25) of 8 px patches")
         config = mask2former_config(n_classes, **sizes)
-        self.wants_queries = linked
+        self.scales, self.wants_queries = tuple(scales), linked
         self.n_queries, self.query_dim = config.num_queries, config.hidden_dim
         self.pixel_decoder = library.Mask2FormerPixelDecoder(config, feature_channels=[in_dim] * 4)
         self.transformer = library.Mask2FormerTransformerModule(config.feature_size, config)

@@ -66,10 +66,10 @@ WAVELENGTHS = torch.linspace(0.40, 1.00, 121) # um, every 5 nm
 def _curve(x, y):
     return torch.from_numpy(np.interp(WAVELENGTHS.numpy(), x, y)).float()
 
-# %% ../nbs/01_simulator.ipynb #c57f53ce
+# %% ../nbs/01_simulator.ipynb #2565668a
 CANOPIES = dict( # leaf layers, water (cm), dry matter (g/cm2), mean leaf angle (degrees), hot spot
-    cereal=(1.4, .012, .005, 68, .05), broad=(1.6, .018, .005, 38, .1),
-    rice=(1.4, .012, .005, 74, .05), grass=(1.5, .010, .006, 62, .05),
+    cereal=(1.5, .012, .004, 58, .05), broad=(1.6, .018, .005, 38, .1),
+    rice=(1.5, .012, .004, 62, .05), grass=(1.5, .010, .005, 55, .05),
     leaf_tree=(1.8, .014, .009, 48, .2), needle_tree=(2.3, .030, .022, 58, .3))
 _CHL, _COVER = torch.linspace(2, 74, 13), torch.linspace(0, .95, 25)
 
@@ -182,7 +182,7 @@ def swatches(
     return torch.stack([*(soil_spectrum(soil, i / 7) for i in range(8)), *waters, *made,
                         soil_spectrum("sand")])
 
-# %% ../nbs/01_simulator.ipynb #8202c5e9
+# %% ../nbs/01_simulator.ipynb #6d90fc20
 @dataclass(frozen=True)
 class Region:
     "How a place is built: what decides its layout, and nothing else."
@@ -195,14 +195,16 @@ class Region:
     forest: float = .12 # share of the land
     shrub: float = .05 # share of the land
     town: float = .12 # share of the land in town blocks
-    village: float = .08 # share of the land in village blocks
+    village: float = .13 # share of the land in village blocks
     industry: float = .2 # share of the town districts
     block: float = 75.0 # mean side of a block between streets, m
     street: float = 9.0 # width of a street, m
     storeys: float = 4.0 # median of a town building, 3 m each
     density: float = .6 # share of a lot that is built on, 0..1
     roofs: tuple[str, ...] = ("concrete", "bitumen", "red_tile", "asphalt") # of `MATERIALS`
+    forms: tuple[float, ...] = (.6, .22, .18) # weights of town blocks: houses, courtyards, slabs
     green: float = .4 # share of the lots with garden instead of paving
+    hedge: float = .08 # share of the field strips with a row of trees
     road: float = 13.0 # width of a long road, m
     river: float = .35 # chance of a river in a scene, 0..1
     river_width: float = 45.0 # m
@@ -216,7 +218,7 @@ class Region:
 
     def __post_init__(self): _check_region(self)
 
-# %% ../nbs/01_simulator.ipynb #cb6ec654
+# %% ../nbs/01_simulator.ipynb #7e080af5
 def _bounds(owner, name, low, high, unit):
     value = getattr(owner, name)
     if not isinstance(value, (int, float)):
@@ -227,8 +229,8 @@ def _bounds(owner, name, low, high, unit):
                          f"{low:g} to {high:g} {unit}")
 
 def _check_region(region):
-    for name in ("forest", "shrub", "town", "village", "industry", "density", "green", "river",
-                 "lake", "sea", "needles"): _bounds(region, name, 0, 1, "(a share or a chance)")
+    for name in ("forest", "shrub", "town", "village", "industry", "density", "green", "hedge",
+                 "river", "lake", "sea", "needles"): _bounds(region, name, 0, 1, "(a share or a chance)")
     for name in ("parcel", "block", "river_width", "road", "street"):
         _bounds(region, name, 2, 2000, "m")
     _bounds(region, "relief", 0, 500, "m"); _bounds(region, "warp", 0, 200, "m")
@@ -240,8 +242,11 @@ def _check_region(region):
     if len(weights) != 7 or min(weights) < 0 or sum(weights) <= 0:
         raise ValueError(f"Region {region.name!r}: crops {region.crops}; expected five weights (pond, "
                          "paddy, irrigated, dry, orchard), none negative, not all zero")
+    if len(region.forms) != 3 or min(region.forms) < 0 or sum(region.forms) <= 0:
+        raise ValueError(f"Region {region.name!r}: forms {region.forms}; expected three weights (houses, "
+                         "courtyards, slabs), none negative, not all zero")
 
-# %% ../nbs/01_simulator.ipynb #f9dc8c87
+# %% ../nbs/01_simulator.ipynb #afa012d9
 REGIONS = {r.name: r for r in (
     Region(),
     Region("delta", parcel=36, aspect=2.4, crops=(.22, .5, .1, .05, .05), meadow=.03, forest=.03, shrub=.02,
@@ -255,9 +260,34 @@ REGIONS = {r.name: r for r in (
            sea=.6, river=.2, relief=9, soil="sand", roofs=("red_tile", "white_metal", "concrete"), storeys=3),
     Region("dryland", parcel=85, aspect=1.5, crops=(.02, .0, .5, .2, .06), meadow=.06, bare=.3, forest=.02,
            shrub=.14, town=.12, village=.1, river=.25, river_width=35, lake=.08, relief=7, soil="loess",
-           roofs=("concrete", "gravel", "brown_tile"), green=.1, storeys=2, calendar=15, warp=4))}
+           roofs=("concrete", "gravel", "brown_tile"), green=.1, storeys=2, calendar=15, warp=4),
+    Region("steppe", parcel=160, aspect=2.5, crops=(.01, .0, .12, .75, .03), meadow=.14, bare=.1, forest=.02,
+           shrub=.05, town=.04, village=.14, industry=.15, river=.2, river_width=35, lake=.12, relief=11,
+           soil="loess", roofs=("brown_tile", "white_metal", "concrete"), storeys=2, green=.6, calendar=12),
+    Region("terraces", parcel=24, aspect=3.2, crops=(.08, .5, .15, .08, .1), meadow=.06, bare=.02, forest=.3,
+           shrub=.12, town=.03, village=.15, river=.35, river_width=22, lake=.12, relief=22, soil="laterite",
+           needles=.3, warp=34, roofs=("red_tile", "brown_tile", "concrete"), storeys=2),
+    Region("suburb", parcel=60, forest=.08, shrub=.05, town=.78, village=.04, industry=.1, block=105,
+           street=14, storeys=2, density=.32, forms=(.75, .1, .15), green=.85, road=18, river=.15, lake=.2, relief=2,
+           roofs=("red_tile", "bitumen", "brown_tile", "gravel")),
+    Region("old_town", parcel=45, forest=.06, shrub=.05, town=.72, village=.12, industry=.04, block=46,
+           street=6, storeys=2, density=.66, forms=(.6, .4, 0.), green=.35, road=9, river=.3, river_width=22,
+           lake=.04, relief=3, roofs=("red_tile", "red_tile", "red_tile", "brown_tile"), warp=18),
+    Region("megacity", parcel=40, forest=.03, shrub=.03, town=.9, village=.02, industry=.12, block=95,
+           street=14, storeys=10, density=.45, forms=(.3, .2, .5), green=.4, road=24, river=.25, river_width=80,
+           lake=.15, relief=1.5, soil="grey", roofs=("concrete", "concrete", "white_metal", "bitumen")),
+    Region("savanna", parcel=40, aspect=1.4, crops=(.02, .02, .08, .5, .08), meadow=.2, bare=.3, forest=.05,
+           shrub=.38, town=.06, village=.16, industry=.15, river=.25, river_width=30, lake=.08, relief=8,
+           soil="laterite", needles=0., roofs=("white_metal", "white_metal", "brown_tile"), storeys=1,
+           density=.4, green=.15, warp=14, calendar=20),
+    Region("orchard_valley", parcel=42, aspect=1.8, crops=(.02, .02, .25, .1, .65), meadow=.06, bare=.03,
+           forest=.08, shrub=.08, town=.07, village=.14, hedge=.15, river=.5, river_width=30, lake=.08, relief=14,
+           roofs=("red_tile", "red_tile", "concrete"), storeys=2, needles=.4),
+    Region("countryside", parcel=38, aspect=2., crops=(.14, .12, .3, .35, .08), meadow=.1, bare=.06,
+           forest=.12, shrub=.06, town=.03, village=.24, industry=.4, road=8, river=.3, river_width=25,
+           lake=.15, relief=3, roofs=("red_tile", "brown_tile", "concrete"), storeys=2))}
 
-# %% ../nbs/01_simulator.ipynb #c2e5b3c9
+# %% ../nbs/01_simulator.ipynb #7e3257c3
 @dataclass(frozen=True)
 class Domain:
     "A simulated domain: a region, seen on a day, under a light, through a sensor."
@@ -274,7 +304,7 @@ class Domain:
     noise: float = .002 # standard deviation at reflectance 0.1, reflectance; grows with the signal
     bits: int = 11 # depth of the camera's digital numbers over reflectance 0..1
     stretch: str|tuple|None = "own" # "own": the product's 8 bits; None: reflectance; or `stretch_of(...)`
-    gamma: float = 1.7 # of the 8-bit stretch, 1 is linear
+    gamma: float = 2.0 # of the 8-bit stretch, 1 is linear
 
     def __post_init__(self): _check_domain(self)
 
@@ -297,7 +327,7 @@ def _check_domain(domain):
                          "stretch_of(another_domain)")
     band_responses(domain.sensor)
 
-# %% ../nbs/01_simulator.ipynb #c5c65eda
+# %% ../nbs/01_simulator.ipynb #18f81103
 def change(
     domain: Domain, # where to start
     **factors, # fields of `Domain` or of `Region`, with their new values
@@ -309,9 +339,13 @@ def change(
         raise TypeError(f"Domain {domain.name!r}: no field {', '.join(unknown)}; "
                         + (f"closest: {', '.join(near)}" if near else
                            f"there are {', '.join(sorted(ours | theirs))}"))
+    factors = {k: _frozen(v) for k, v in factors.items()}
     region = factors.pop("region", domain.region)
     place = {k: factors.pop(k) for k in set(factors) - ours}
     return replace(domain, region=replace(region, **place) if place else region, **factors)
+
+def _frozen(value): # lists, as JSON has them, are tuples here
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 # %% ../nbs/01_simulator.ipynb #898a4b2a
 @lru_cache(64)
@@ -419,33 +453,36 @@ class Pieces(NamedTuple):
     edge = property(lambda self: torch.minimum(torch.minimum(self.u, self.width - self.u),
         torch.minimum(self.v, self.length - self.v)), doc="Distance to the nearest side, m.")
 
-# %% ../nbs/01_simulator.ipynb #01760bb6
+# %% ../nbs/01_simulator.ipynb #b1f0f4b0
 def _between(x, edges):
     i = torch.searchsorted(edges, x.flatten(1).contiguous()).clamp(1, edges.shape[1] - 1)
     low, high = edges.gather(1, i - 1).view_as(x), edges.gather(1, i).view_as(x)
     return i.view_as(x), x - low, high - low
 
 def _steps(grid, key, mean, uneven):
-    n = math.ceil(3 * grid.extent / mean) + 8
-    edges = (mean * (1 - uneven + 2 * uneven * draws(grid.seeds, key, n))).cumsum(1)
+    n = math.ceil(4 * grid.extent / mean) + 12
+    edges = (mean * (1.6 * uneven * (2 * draws(grid.seeds, key, n) - 1)).exp()).cumsum(1)
     return edges - edges[:, -1:] / 2
 
-# %% ../nbs/01_simulator.ipynb #2a6d773f
+# %% ../nbs/01_simulator.ipynb #14b38a40
 def divide(
     grid: Grid, # where
     parts: Districts, # what is divided
     key: str, # what for
     width: float, # mean across, m
     length: float, # mean along, m
-    uneven: float = .55, # sides differ by that share from the mean
+    uneven: float = .55, # how much sides differ: 0 not at all, .55 by a factor of 2
+    spread: float = .8, # how much districts differ: 0 not at all, .8 by a factor of 2
 ) -> Pieces: # strips, cut into pieces of their own lengths
     "Divide districts into strips and strips into pieces."
-    i, u, w = _between(parts.u + .37 * width * (parts.index % 7), _steps(grid, key + "u", width, uneven))
+    scale = (spread * (.85 - 1.7 * per_piece(grid, parts.index, key + "scale"))).exp()
+    width_on = parts.u * scale + .37 * width * (parts.index % 7)
+    i, u, w = _between(width_on, _steps(grid, key + "u", width, uneven))
     strip = (i + 17 * parts.index) % 61
     stretch, shift = (draws(grid.seeds, key + k, 61).gather(1, strip.flatten(1)).view_as(u) for k in "ab")
-    stretch = .7 + .7 * stretch
+    stretch = scale * (.7 + .7 * stretch)
     j, v, l = _between(parts.v * stretch + 2 * shift * length, _steps(grid, key + "v", length, uneven))
-    return Pieces((parts.index * 331 + i) * 257 + j, u, v / stretch, w, l / stretch)
+    return Pieces((parts.index * 331 + i) * 257 + j, u / scale, v / stretch, w / scale, l / stretch)
 
 # %% ../nbs/01_simulator.ipynb #5d864294
 def per_piece(
@@ -528,7 +565,7 @@ class Plant(NamedTuple):
     end: float = 305. # day of the year when they are gone
     flood: tuple[float, float] = (0., 0.) # days under water
 
-# %% ../nbs/01_simulator.ipynb #247a315f
+# %% ../nbs/01_simulator.ipynb #3c24f25a
 PLANTS = (Plant("none", "grass", (0, 0), (40, 40)),
     Plant("rice", "rice", (0, 5.5), (22, 40), 150, 220, 278, (136, 196)),
     Plant("late_rice", "rice", (0, 5.), (22, 40), 188, 246, 305, (172, 236)),
@@ -539,8 +576,8 @@ PLANTS = (Plant("none", "grass", (0, 0), (40, 40)),
     Plant("wheat", "cereal", (.1, 5.5), (5, 48), 55, 125, 172),
     Plant("soy", "broad", (0, 5.), (10, 40), 145, 215, 268),
     Plant("fallow", "grass", (.1, .8), (12, 30), 60, 140, 280),
-    Plant("grass", "grass", (.9, 3.4), (14, 42), 70, 160, 310),
-    Plant("lawn", "grass", (1.6, 4.), (26, 48), 60, 165, 330),
+    Plant("grass", "grass", (.9, 3.2), (14, 36), 70, 160, 310),
+    Plant("lawn", "grass", (1.2, 2.6), (16, 30), 60, 165, 330),
     Plant("leaf_tree", "leaf_tree", (.7, 5.5), (10, 50), 90, 180, 312),
     Plant("needle_tree", "needle_tree", (3.6, 4.6), (42, 52), 60, 190, 330),
     Plant("orchard", "leaf_tree", (.4, 3.6), (12, 44), 85, 180, 310),
@@ -566,7 +603,7 @@ def _axes(grid, key):
 def _some(grid, key, chance, depth):
     return torch.where(draws(grid.seeds, key, 1, 1) < chance, depth, torch.tensor(-1e4))
 
-# %% ../nbs/01_simulator.ipynb #cdc8ffe1
+# %% ../nbs/01_simulator.ipynb #962b7885
 def river(
     grid: Grid, # where
     region: Region, # `river` (chance) and `river_width`
@@ -575,6 +612,7 @@ def river(
     s, t = _axes(grid, "river axes")
     r = draws(grid.seeds, "river shape", 6, 1, 1)
     width = region.river_width * (.6 + .9 * r[:, 0]) * (1 + .15 * noise(grid, "river width", 150))
+    width = width.clamp_min(2.4 * grid.cell) # else a narrow one falls into drops
     course, slope = 0, 0
     for i, (length, swing) in enumerate(((13., 2.), (5.5, .5))):
         wave = 2 * math.pi / (length * region.river_width * (.8 + .5 * r[:, 1 + i]))
@@ -584,20 +622,26 @@ def river(
     across = (t - course - (r[:, 5] - .5) * .6 * grid.extent).abs() / (1 + slope**2).sqrt()
     return _some(grid, "river", region.river, width / 2 - across + 1.5 * noise(grid, "bank", 25, 2))
 
-# %% ../nbs/01_simulator.ipynb #a46b4983
+# %% ../nbs/01_simulator.ipynb #fea32325
 def lake(
     grid: Grid, # where
     region: Region, # `lake` (chance)
+    other: Tensor|float = -1e4, # (scenes, size, size) depth into other waters, m, negative on land
 ) -> Tensor: # (scenes, size, size) distance from the shore, m, positive in the water
-    "A lake with bays, in some of the scenes."
+    "A lake with bays, in some of the scenes, at the place of six that is farthest from other waters."
     s, t = _axes(grid, "lake axes")
-    r = draws(grid.seeds, "lake shape", 4, 1, 1)
-    far = ((s - (r[:, 0] - .5) * .7 * grid.extent)**2
-           + ((t - (r[:, 1] - .5) * .7 * grid.extent) * (1 + r[:, 2]))**2).sqrt()
-    shore = (60 + 130 * r[:, 3]) * (1 + .38 * noise(grid, "bays", 140, 3))
-    return _some(grid, "lake", region.lake, shore - far)
+    r = draws(grid.seeds, "lake shape", 3, 1, 1)
+    place, other = draws(grid.seeds, "lake place", 6, 2), torch.as_tensor(other).expand_as(s)
+    cells = (.1 + .8 * place).mul(grid.size).long()
+    at = cells[..., 0] * grid.size + cells[..., 1]
+    at = at.gather(1, other.flatten(1).gather(1, at).argmin(1, keepdim=True))
+    middle = lambda x: x.flatten(1).gather(1, at)[..., None]
+    far = ((s - middle(s))**2 + ((t - middle(t)) * (1 + r[:, 1]))**2).sqrt()
+    radius = torch.minimum(60 + 130 * r[:, 2], -middle(other) - 25)
+    shore = radius * (1 + .38 * noise(grid, "bays", 140, 3))
+    return torch.where(radius > 25, _some(grid, "lake", region.lake, torch.minimum(shore - far, -other - 25)), -1e4)
 
-# %% ../nbs/01_simulator.ipynb #522cbb98
+# %% ../nbs/01_simulator.ipynb #1e3765c4
 def sea(
     grid: Grid, # where
     region: Region, # `sea` (chance)
@@ -605,7 +649,7 @@ def sea(
     "The sea on one side, in some of the scenes."
     s, _ = _axes(grid, "sea axes")
     depth = s - (draws(grid.seeds, "coast", 1, 1) - .35) * .7 * grid.extent
-    return _some(grid, "sea", region.sea, depth + 22 * noise(grid, "coast line", 220, 4))
+    return _some(grid, "sea", region.sea, depth + 45 * noise(grid, "coast line", 420, 5))
 
 # %% ../nbs/01_simulator.ipynb #f89b85c6
 _FIELDS = (("pond", ("none",)), ("paddy", ("rice", "rice", "late_rice")),
@@ -628,7 +672,7 @@ def _plough(layout, parcels, kind):
     paint(layout, crop, texture=layout.texture * rows)
     paint(layout, crop & (parcels.edge < 1.6), plant="grass")
 
-# %% ../nbs/01_simulator.ipynb #ae7f5e1b
+# %% ../nbs/01_simulator.ipynb #a8093df3
 def fields_and_ponds(
     layout: Layout, # changed in place
     parts: Districts, # whose directions the fields follow
@@ -642,18 +686,20 @@ def fields_and_ponds(
     kind = torch.bucketize(torch.special.ndtr(.6 * alike + .8 * own) * shares[-1], shares[:-1], right=True)
     _plough(layout, parcels, kind)
     basins = subdivide(grid, parcels, 22 * torch.ones_like(parcels.u), "basin")
-    paint(layout, (kind == 1) & (basins.edge < max(.8, .3 * grid.cell)), plant="grass", height=.5,
-          texture=.5, swatch="soil3")
+    bund = (kind == 1) & (basins.edge < max(.8, .3 * grid.cell))
+    if grid.cell <= 3.2: paint(layout, bund, plant="grass", height=.5, texture=.5, swatch="soil3")
+    paint(layout, bund, texture=.8 * layout.texture)
     _ponds(layout, parcels, kind == 0)
     _orchards(layout, parcels, kind == 4)
     return parcels
 
-# %% ../nbs/01_simulator.ipynb #bd894e6d
+# %% ../nbs/01_simulator.ipynb #e6441192
 def _round_inside(pieces, radius=6.0):
     sides = torch.stack([pieces.u, pieces.width - pieces.u, pieces.v, pieces.length - pieces.v])
     return -radius * torch.logsumexp(-sides / radius, 0)
 
 def _ponds(layout, parcels, where):
+    parcels = subdivide(layout.grid, parcels, 60. * torch.ones_like(parcels.u), "dykes", merged=.4)
     inside = _round_inside(parcels)
     turbid = (4 * per_piece(layout.grid, parcels.index, "turbid")).long() + _SWATCH["pond0"]
     paint(layout, where, label="meadow", plant="grass", height=0., texture=.8)
@@ -661,9 +707,11 @@ def _ponds(layout, parcels, where):
           bright=1 + .02 * noise(layout.grid, "ripple", 12))
 
 def _orchards(layout, parcels, where):
-    pitch = max(7., 3.2 * layout.grid.cell)
+    pitch = 5.5 + 3 * per_piece(layout.grid, parcels.index, "pitch")
     du, dv = ((x % pitch) / pitch - .5 for x in (parcels.u, parcels.v))
+    if layout.grid.cell > 2.2: dv = dv * 0
     crown = (1 - 6.5 * (du**2 + dv**2)).clamp_min(0)
+    if layout.grid.cell > 3.2: crown = .45 + .1 * noise(layout.grid, "orchard", 40, 3)
     tree = where & (crown > 0) & (parcels.edge > 2)
     paint(layout, where, plant="fallow", texture=1.5)
     paint(layout, tree, plant="orchard", height=1.5 + 2.5 * crown, texture=.5 + crown)
@@ -691,7 +739,7 @@ def woods(
     paint(layout, forest, label="forest", height=tall.clamp(6, 28), swatch="soil3", texture=.85 + .12 * crown,
           plant=torch.where(needles, _PLANT["needle_tree"], _PLANT["leaf_tree"]))
 
-# %% ../nbs/01_simulator.ipynb #c663d7d8
+# %% ../nbs/01_simulator.ipynb #c5aaf8ae
 def crowns(
     layout: Layout, # changed in place
     chance: Tensor, # (scenes, size, size) that a tree stands at a place, 0..1
@@ -707,11 +755,19 @@ def crowns(
     r = [per_piece(grid, spot, key + k) for k in "xysp"]
     x, y = place % 1 - .5 - .3 * (r[0] - .5), (place % 1)[:, None] - .5 - .3 * (r[1] - .5)
     away = (x**2 + y**2).sqrt()
-    crown = 1 - (away / (.2 + .17 * r[2]))**2
+    crown = 1 - (away / (.15 + .27 * r[2]))**2
     paint(layout, (crown > 0) & (r[3] < chance), label="tree", plant="leaf_tree", swatch="soil3",
           height=3 + 5 * r[2] + 3 * crown, texture=.6 + .4 * crown)
 
-# %% ../nbs/01_simulator.ipynb #56cc2da7
+# %% ../nbs/01_simulator.ipynb #ea394aea
+def _hedges(layout, parcels):
+    grid = layout.grid
+    if grid.cell > 5: return
+    rows = per_piece(grid, parcels.index // 257, "hedge") < layout.region.hedge
+    open_ = (layout.label != _ID["forest"]) & (layout.label != _ID["shrub"]) & (layout.label != _ID["pond"])
+    crowns(layout, .75 * (rows & open_ & (parcels.u < 6 + grid.cell)), "hedge", 9.)
+
+# %% ../nbs/01_simulator.ipynb #e9c4f831
 def footprint(
     grid: Grid, # where
     lots: Pieces, # one house each
@@ -728,7 +784,7 @@ def footprint(
     notch = torch.minimum(u * (1 - 2 * (r[5] < .5).float()), v) + .02 * w
     return torch.where(r[4] < .4, torch.minimum(inside, -notch), inside)
 
-# %% ../nbs/01_simulator.ipynb #b8ccb564
+# %% ../nbs/01_simulator.ipynb #b574e107
 class Blocks(NamedTuple):
     "Where it is built up, and how."
     pieces: Pieces # between streets
@@ -736,14 +792,14 @@ class Blocks(NamedTuple):
     industry: Tensor # (scenes, size, size) bool
     village: Tensor # (scenes, size, size) bool
 
-# %% ../nbs/01_simulator.ipynb #6f4b7f4c
+# %% ../nbs/01_simulator.ipynb #701cffa6
 def blocks(
     grid: Grid, # where
     region: Region, # shares, block size
     parts: Districts, # whose directions the streets follow
 ) -> Blocks: # towns, industry, villages
     "Choose the blocks that are built up."
-    pieces = divide(grid, parts, "block", region.block, 1.4 * region.block, .5)
+    pieces = divide(grid, parts, "block", region.block, 1.4 * region.block, .45, .3)
     score = lambda key, length: mean_per_piece(noise(grid, key, length, 2), pieces.index)
     town = _share(score("town", 480), region.town)
     works = .5 * score("works", 330) + .9 * torch.special.ndtri(
@@ -751,100 +807,163 @@ def blocks(
     village = _share(score("village", 170), region.village) & ~town
     return Blocks(pieces, town, town & _share(works, region.industry), village)
 
-# %% ../nbs/01_simulator.ipynb #f5263396
+# %% ../nbs/01_simulator.ipynb #9ea0ef69
+def _forms(grid, region, built):
+    "0 houses, 1 courtyards, 2 slabs; one value per block."
+    shares = torch.tensor(region.forms, dtype=torch.float).cumsum(0)
+    form = torch.bucketize(per_piece(grid, built.pieces.index, "form") * shares[-1], shares[:2], right=True)
+    return torch.where(built.town & ~built.industry, form, 0)
+
+def _lots(grid, built, form):
+    dice = per_piece(grid, built.pieces.index, "lot")
+    side = torch.where(built.village, 17 + 8 * dice, torch.where(built.industry, 40 + 45 * dice, 18 + 26 * dice**2))
+    side = torch.where(form == 1, 14 + 10 * dice, torch.where(form == 2, 27 + 12 * dice, side))
+    return subdivide(grid, built.pieces, side, "lots", merged=.4)
+
+# %% ../nbs/01_simulator.ipynb #93ff79ba
 def towns(
     layout: Layout, # changed in place
     built: Blocks, # where
     free: Tensor, # (scenes, size, size) bool, where nothing may stand: water, long roads
+    shore: Tensor|None = None, # (scenes, size, size) bool, strips along water, kept green
 ) -> None: # nothing
     "Streets, yards, gardens, squares, parks and houses."
     grid, region, block = layout.grid, layout.region, built.pieces
-    dice = lambda key: per_piece(grid, block.index, key)
-    side = torch.where(built.industry, 40 + 45 * dice("lot"), torch.where(
-        built.town, 18 + 26 * dice("lot")**2, 19 + 8 * dice("lot")))
-    lots = subdivide(grid, block, side, "lots", merged=.4)
-    settled, kind = built.town | built.village, dice("kind")
-    open_ = settled & ~built.industry & built.town & (kind < .13)
-    _yards(layout, built, lots, settled, open_ & (kind < .05), open_ & (kind >= .05))
-    _streets(layout, built, settled)
+    form = _forms(grid, region, built)
+    lots, kind = _lots(grid, built, form), per_piece(grid, block.index, "kind")
+    settled = built.town | built.village
+    open_ = built.town & ~built.industry & (kind < .11)
+    beach = settled & (torch.zeros_like(settled) if shore is None else shore)
+    _yards(layout, built, lots, form, open_ & (kind < .04), open_ & (kind >= .04) | beach)
+    _streets(layout, built, settled & ~beach)
     inner = block.edge > region.street / 2 + 1
     vacant = mean_per_piece((free & settled).float(), lots.index) > .12
-    chance = torch.where(built.village, .85, torch.where(built.industry, .85, .93))
-    stands = settled & inner & ~open_ & ~free & ~vacant & (per_piece(grid, lots.index, "stands") < chance)
-    _houses(layout, built, lots, stands)
+    stands = settled & inner & ~open_ & ~free & ~vacant & (per_piece(grid, lots.index, "stands") < .92)
+    _houses(layout, built, lots, form, stands)
     lot = mean_per_piece(stands.float(), lots.index) == 0
-    paint(layout, settled & inner & ~open_ & lot & (dice("fallow") < .6), label="bare", plant="fallow",
+    idle = per_piece(grid, block.index, "fallow") < .6
+    idle &= lot & (layout.label != _ID["tree"])
+    paint(layout, settled & inner & ~open_ & ~beach & idle, label="bare", plant="fallow",
           swatch="soil1", texture=.6)
 
-# %% ../nbs/01_simulator.ipynb #b4b7c12a
-def _yards(layout, built, lots, settled, square, park):
-    grid, region = layout.grid, layout.region
-    garden = per_piece(grid, lots.index, "garden") < torch.where(built.village, .8, torch.where(
-        built.industry, .12, region.green))
+# %% ../nbs/01_simulator.ipynb #3bca4ee3
+def _yards(layout, built, lots, form, square, park):
+    grid, region, settled = layout.grid, layout.region, built.town | built.village
+    green = torch.where(form == 2, .5 + .5 * region.green, torch.where(built.village, .75, torch.where(
+        built.industry, .12, region.green)))
+    garden = per_piece(grid, lots.index, "garden") < green
     paint(layout, settled, label="square", plant="none", height=0., texture=1., shift=0,
           swatch=_one_of(per_piece(grid, lots.index, "paving"), ("concrete", "asphalt", "gravel")))
     paint(layout, settled & garden | park, label="lawn", plant="lawn", swatch="soil3",
           texture=.7 + .5 * per_piece(grid, lots.index, "mown"))
     paint(layout, settled, bright=(.65 + .4 * per_piece(grid, lots.index, "worn")) * layout.bright)
-    trees = torch.where(park, .6, torch.where(settled & garden, .3, torch.where(settled, .06, 0.)))
+    garden &= ~square
+    trees = torch.where(park, .6, torch.where(settled & garden, .4, torch.where(settled, .06, 0.)))
     crowns(layout, trees, "garden")
 
+# %% ../nbs/01_simulator.ipynb #4d6e34df
 def _streets(layout, built, settled):
+    grid, index = layout.grid, built.pieces.index
     width = torch.where(built.village, .6, 1.) * layout.region.street
-    street = settled & (built.pieces.edge < (width / 2).clamp_min(.55 * layout.grid.cell))
-    paved = _one_of(draws(layout.grid.seeds, "paved", 1, 1), ("asphalt", "asphalt", "concrete"))
-    worn = .85 + .1 * noise(layout.grid, "worn", 40, 3)
-    paint(layout, street, label="road", plant="none", swatch=paved, height=0., bright=worn, texture=1.)
-    avenue = per_piece(layout.grid, built.pieces.index, "avenue") < .35
+    street = settled & (built.pieces.edge < (width / 2).clamp_min(.55 * grid.cell))
+    lane = _one_of(draws(grid.seeds, "lane", 1, 1), ("asphalt", "gravel", "soil1", "concrete"))
+    paved = _one_of(draws(grid.seeds, "paved", 1, 1), ("asphalt", "asphalt", "concrete"))
+    paint(layout, street, label="road", plant="none", swatch=torch.where(built.village, lane, paved),
+          height=0., bright=.85 + .1 * noise(grid, "worn", 40, 3), texture=1., shift=0)
+    avenue = per_piece(grid, index, "avenue") < .35
     crowns(layout, (settled & ~street & avenue & (built.pieces.edge < width / 2 + 5)) * .6, "avenue", 9.)
 
 def _one_of(dice, names):
     return torch.tensor([_SWATCH[n] for n in names])[(dice * len(names)).long()]
 
-# %% ../nbs/01_simulator.ipynb #6326b982
-def _houses(layout, built, lots, stands):
+# %% ../nbs/01_simulator.ipynb #abf3c19f
+def _walls(layout, built, lots, form):
+    "Distance from the wall, m, positive inside, for every form of block."
+    grid, region, block = layout.grid, layout.region, built.pieces
+    inside = footprint(grid, lots, torch.where(built.industry, .72, torch.where(
+        built.village, .5, region.density)))
+    front = block.edge - region.street / 2 - 1.5
+    deep = 9 + 5 * per_piece(grid, block.index, "deep")
+    slab = torch.minimum(.44 * lots.width - (lots.u - lots.width / 2).abs(),
+                         (.21 * lots.length).clamp(5, 7.5) - (lots.v - lots.length / 2).abs())
+    return torch.where(form == 1, torch.minimum(front, deep - front), torch.where(form == 2, slab, inside))
+
+# %% ../nbs/01_simulator.ipynb #6235c2eb
+def _storeys(layout, built, lots, form):
+    "Height of the walls, m: neighbours in slabs are alike."
     grid, region = layout.grid, layout.region
     dice = lambda key: per_piece(grid, lots.index, key)
-    share = torch.where(built.industry, .72, torch.where(built.village, .42, region.density))
-    inside = footprint(grid, lots, share)
-    spread = torch.special.ndtri(dice("storeys").clamp(.02, .98))
-    tall = 3 * (region.storeys * torch.exp(.55 * spread)).round().clamp(1, 40)
-    tall = torch.where(built.village, 3.5 + 2.5 * dice("tall"), torch.where(
+    own = torch.where(form == 2, per_piece(grid, built.pieces.index, "storeys"), dice("storeys"))
+    spread = torch.special.ndtri(own.clamp(.02, .98)) * torch.where(form == 1, .25, .55)
+    median = region.storeys * torch.where(form == 2, 1.4, 1.)
+    tall = 3 * (median * torch.exp(spread)).round().clamp(1, 40)
+    return torch.where(built.village, 3.5 + 2.5 * dice("tall"), torch.where(
         built.industry, 6 + 6 * dice("tall"), tall))
+
+# %% ../nbs/01_simulator.ipynb #44dd5e39
+def _houses(layout, built, lots, form, stands):
+    grid, region = layout.grid, layout.region
+    dice = lambda key: per_piece(grid, lots.index, key)
+    inside, tall = (make(layout, built, lots, form) for make in (_walls, _storeys))
     pitched = built.village | (tall < 10) & ~built.industry
     ridge = torch.where(pitched, .55 * inside.clamp(0, 5), .12 * inside.clamp(0, 9))
+    shaft = ((lots.u / lots.width - .3 - .4 * dice("shaft")).abs() < .1) & ((lots.v / lots.length - .5).abs() < .12)
+    ridge = ridge + 2.5 * (shaft & ~pitched & (inside > 2.5))
+    roof = _one_of(torch.where(form == 2, per_piece(grid, built.pieces.index, "roof"), dice("roof")), region.roofs)
     works = _one_of(dice("roof"), ("blue_metal", "white_metal", "concrete", "bitumen"))
-    roof = torch.where(built.industry, works, _one_of(dice("roof"), region.roofs))
     label = torch.where(built.industry, _ID["industrial_building"], torch.where(
         built.village, _ID["rural_building"], _ID["urban_building"]))
     old = .75 + .5 * dice("old") + .05 * noise(grid, "stains", max(5., 2 * grid.cell))
-    paint(layout, stands & (inside > 0), label=label, plant="none", swatch=roof, height=tall + ridge,
-          bright=old, texture=1.)
+    paint(layout, stands & (inside > 0), label=label, plant="none", height=tall + ridge, bright=old,
+          swatch=torch.where(built.industry, works, roof), texture=1., shift=0)
 
-# %% ../nbs/01_simulator.ipynb #c63416ee
+# %% ../nbs/01_simulator.ipynb #3664987d
 def waters_and_roads(
     layout: Layout, # changed in place
     bodies: dict[str, Tensor], # "river", "lake", "sea": metres from the bank, positive in the water
     long_road: Tensor, # (scenes, size, size) bool
 ) -> None: # nothing
     "Water with its banks, and the roads that cross it."
-    ripple = 1 + .03 * noise(layout.grid, "ripple", 12)
+    ripple, beach = (noise(layout.grid, *key) for key in (("ripple", 12), ("beach", 60)))
     for name, depth in bodies.items():
-        bank = {"river": 3., "lake": 2., "sea": 20.}[name] * (1 + .9 * noise(layout.grid, "beach", 60))
-        paint(layout, depth > -bank, plant="none", height=0., label="bare" if name == "lake" else "sand",
+        bank = {"river": 3., "lake": 2., "sea": 20.}[name] * (1 + .9 * beach)
+        strand = depth > -bank
+        if name == "sea": strand &= _around(depth > 0, 40, layout.grid.cell) # no beach without a sea
+        paint(layout, strand, plant="none", height=0., label="bare" if name == "lake" else "sand",
               swatch="soil5" if name == "lake" else "sand", bright=1. if name == "sea" else .75)
+    ripple = 1 + .03 * ripple
+    for name, depth in bodies.items():
         turbid = (4 * draws(layout.grid.seeds, name + " turbid", 1, 1)).long() + _SWATCH[name + "0"]
-        paint(layout, depth > 0, label=name, swatch=turbid, bright=ripple, damp=0.)
+        shallow = 1 + (name == "sea") * .8 * torch.exp(-depth.clamp_min(0) / 60)
+        paint(layout, depth > 0, label=name, swatch=turbid, plant="none", height=0.,
+              bright=ripple * shallow, damp=0.)
     deck = _one_of(draws(layout.grid.seeds, "deck", 1, 1), ("asphalt",) * 3 + ("concrete",))
     paint(layout, long_road & (bodies["lake"] <= 0) & (bodies["sea"] <= -8), label="road", plant="none",
           swatch=deck, height=torch.where(bodies["river"] > -4, 4., 0.), bright=.9 * ripple, texture=1.)
 
-# %% ../nbs/01_simulator.ipynb #3a18cf1b
-def _tracks(layout, parcels):
+# %% ../nbs/01_simulator.ipynb #0330214a
+def _around(where, metres, cell):
+    "Grow a mask by some metres, at least a cell, to all sides."
+    k = 2 * max(math.ceil(metres / cell), 1) + 1
+    tall = F.max_pool2d(where[:, None].float(), (k, 1), 1, (k // 2, 0))
+    return F.max_pool2d(tall, (1, k), 1, (0, k // 2))[:, 0] > 0
+
+# %% ../nbs/01_simulator.ipynb #f5c8fdc1
+def _long_roads(grid, region, parts, bodies):
+    "Distance to the nearest long road, m: negative on it."
+    dice = lambda key: per_piece(grid, parts.pair, key)
+    near = parts.border < region.road
+    mean = lambda where: mean_per_piece((near & where).float(), parts.pair)
+    lost = (mean(_around(bodies["lake"] > 0, 10, grid.cell)) > 0) | (mean(bodies["river"] > -8) > .45 * mean(near))
+    width = (region.road / 2 * (.45 + .75 * dice("wide"))).clamp_min(.6 * grid.cell)
+    return torch.where((dice("roads") < .85) & ~lost, parts.border - width, torch.tensor(1e4))
+
+# %% ../nbs/01_simulator.ipynb #27373f57
+def _tracks(layout, parcels, shore):
     strip = parcels.index // 257
     track = parcels.u < max(4., 1.1 * layout.grid.cell)
-    track &= per_piece(layout.grid, strip, "track") < .3
-    spared = (layout.label == _ID["forest"]) | (layout.label == _ID["pond"])
+    track &= per_piece(layout.grid, strip, "track") < .3 * min(1, 4 / layout.grid.cell)
+    spared = shore | (layout.label == _ID["pond"])
     paint(layout, track & ~spared, label="road", plant="none", swatch="soil1", height=0.,
           bright=1.05, shift=0)
 
@@ -858,7 +977,7 @@ def _blank(grid, region):
                   texture=(1 + .16 * noise(grid, "leaves", 40, 5 + finer, .8)).clamp(.3, 1.8), height=whole,
                   ground=region.relief * noise(grid, "relief", 600, 5), grid=grid, region=region)
 
-# %% ../nbs/01_simulator.ipynb #cb3f946d
+# %% ../nbs/01_simulator.ipynb #4993f34c
 def layouts(
     region: Region, # how the place is built
     seeds: Sequence[int], # one per scene
@@ -872,21 +991,23 @@ def layouts(
     if cell <= 0: raise ValueError(f"cell {cell}; expected a side in metres above 0")
     grid = Grid(tuple(int(s) for s in seeds), size, cell)
     layout, parts = _blank(grid, region), districts(grid, region)
-    bodies = dict(river=river(grid, region), lake=lake(grid, region), sea=sea(grid, region))
-    shore = torch.stack(list(bodies.values())).amax(0)
-    layout.ground = layout.ground * (-shore / 60).clamp(0, 1)
-    long_road = parts.border < max(region.road / 2, .6 * cell)
-    long_road &= per_piece(grid, parts.pair, "roads") < .85
+    bodies = dict(river=river(grid, region), sea=sea(grid, region))
+    bodies["lake"] = lake(grid, region, torch.maximum(*bodies.values()))
+    depth = torch.stack(list(bodies.values())).amax(0)
+    shore = (depth > -14) | _around(depth > 0, 10, cell)
+    layout.ground = layout.ground * (-depth / 60).clamp(0, 1)
+    long_road = _long_roads(grid, region, parts, bodies)
     built = blocks(grid, region, parts)
     parcels = fields_and_ponds(layout, parts)
-    _tracks(layout, parcels)
+    _tracks(layout, parcels, shore)
     woods(layout, parcels)
-    towns(layout, built, long_road | (parts.border < region.road / 2 + 3) | (shore > -8))
-    waters_and_roads(layout, bodies, long_road)
+    _hedges(layout, parcels)
+    towns(layout, built, (long_road < 3) | shore, shore)
+    waters_and_roads(layout, bodies, long_road < 0)
     layout.ground = layout.ground - 2.5 * (layout.label == _ID["pond"]) # dykes stand above the water
     return layout
 
-# %% ../nbs/01_simulator.ipynb #c5ee2a67
+# %% ../nbs/01_simulator.ipynb #b0ce185a
 def plot_labels(
     label: Tensor, # (size, size) classes
     ax=None, # matplotlib axes, made if None
@@ -904,13 +1025,13 @@ def plot_labels(
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/01_simulator.ipynb #ee3e31ea
+# %% ../nbs/01_simulator.ipynb #6f3ca9dd
 class Cover(NamedTuple):
     "What light meets: two positions in the tables of spectra."
     canopy: Tensor # (scenes, size, size) position in the flattened `canopy_library`
     swatch: Tensor # (scenes, size, size) position in `SWATCHES`
 
-# %% ../nbs/01_simulator.ipynb #56251f6c
+# %% ../nbs/01_simulator.ipynb #7513da71
 def _calendar(day, later):
     early = torch.linspace(-11, 11, 8)
     lai, chl, wet, bare = [], [], [], []
@@ -940,7 +1061,7 @@ def grow(
     swatch = torch.where(wet, _SWATCH["flood0"] + layout.shift % 4, swatch)
     return Cover((kind * len(_CHL) + leaf) * len(_COVER) + cover, swatch)
 
-# %% ../nbs/01_simulator.ipynb #10b4d2d1
+# %% ../nbs/01_simulator.ipynb #3c1cc350
 @lru_cache(16)
 def _band_tables(soil, sensor):
     response = band_responses(sensor)
@@ -959,15 +1080,16 @@ def reflectance(
     rho.mul_(share.index_select(1, leaf)).add_(black.index_select(1, leaf))
     return rho.view(len(rho), *layout.label.shape).transpose(0, 1)
 
-# %% ../nbs/01_simulator.ipynb #fa1160fb
+# %% ../nbs/01_simulator.ipynb #8eeb29ae
 class Light(NamedTuple):
     "What the air does, per wavelength."
     direct: Tensor # (n,) share of the sun that arrives unscattered
     diffuse: Tensor # (n,) share that arrives from the sky
     up: Tensor # (n,) share of the ground's light that reaches the sensor
     path: Tensor # (n,) reflectance of the air itself
+    sharp: Tensor # (n,) part of `up` that comes straight; the rest comes from all around
 
-# %% ../nbs/01_simulator.ipynb #1043a70e
+# %% ../nbs/01_simulator.ipynb #0f4a2d5d
 def air(
     sun_zenith: float, # degrees
     haze: float, # aerosol optical depth at 0.55 um
@@ -987,9 +1109,10 @@ def air(
     phases = (.75 * (1 + mu**2), .93 * (1 - g**2) / (1 + g**2 - 2 * g * back)**1.5)
     path = sum(p / (4 * (mu + 1)) * (1 - torch.exp(-tau * (1 / mu + 1)))
                for p, tau in zip(phases, (molecules, aerosol)))
-    return Light(direct, diffuse, torch.exp(-.5 * molecules - .18 * aerosol), path)
+    return Light(direct, diffuse, torch.exp(-.5 * molecules - .18 * aerosol), path,
+                 torch.exp(-molecules - .7 * aerosol))
 
-# %% ../nbs/01_simulator.ipynb #c2a167c0
+# %% ../nbs/01_simulator.ipynb #9f20d684
 def cast_shadow(
     height: Tensor, # (scenes, size, size) of the surface, m
     sun_zenith: float, # degrees
@@ -1008,7 +1131,7 @@ def cast_shadow(
         above = torch.maximum(above, wide[:, y:y + size, x:x + size] - k * rise)
     return ((above - height) / (.5 * rise + .3)).clamp(0, 1)
 
-# %% ../nbs/01_simulator.ipynb #63ab5938
+# %% ../nbs/01_simulator.ipynb #7b4acccf
 def slope_light(
     height: Tensor, # (scenes, size, size) of the surface, m
     sun_zenith: float, # degrees
@@ -1027,7 +1150,7 @@ def slope_light(
     toward = math.tan(zenith) * (-gx * math.sin(azimuth) + gy * math.cos(azimuth))
     return ((1 + toward) / (1 + gx**2 + gy**2).sqrt()).clamp(0, 2.5)
 
-# %% ../nbs/01_simulator.ipynb #19020f34
+# %% ../nbs/01_simulator.ipynb #d7178306
 def illuminate(
     rho: Tensor, # (scenes, bands, size, size) reflectance of the surface
     layout: Layout, # heights
@@ -1042,11 +1165,12 @@ def illuminate(
     mean = F.avg_pool2d(surface[:, None], reach, 1, reach // 2, count_include_pad=False)[:, 0]
     sky = torch.exp(-(mean - surface).clamp_min(0) / 15)
     per_band = lambda x: x[:, None, None]
-    lit = per_band(light.up * light.direct) * direct[:, None]
-    lit.add_(per_band(light.up * light.diffuse) * sky[:, None]).mul_(rho)
-    return lit.add_(per_band(light.path))
+    lit = per_band(light.direct) * direct[:, None]
+    lit.add_(per_band(light.diffuse) * sky[:, None]).mul_(rho)
+    around = per_band(light.up - light.sharp) * lit.mean((2, 3), keepdim=True)
+    return lit.mul_(per_band(light.sharp)).add_(around).add_(per_band(light.path))
 
-# %% ../nbs/01_simulator.ipynb #2e20f256
+# %% ../nbs/01_simulator.ipynb #aa7f24ef
 @lru_cache(64)
 def point_spread(
     cells: int, # along a side of the ground
@@ -1068,7 +1192,7 @@ def point_spread(
     spread = area @ (soft / soft.sum(1, keepdim=True))
     return spread / spread.sum(1, keepdim=True)
 
-# %% ../nbs/01_simulator.ipynb #a747390b
+# %% ../nbs/01_simulator.ipynb #e54160af
 def sense(
     image: Tensor, # (scenes, bands, size, size) reflectance at the sensor, on the cells of the ground
     domain: Domain, # pixel size, blur, noise, depth
@@ -1084,7 +1208,7 @@ def sense(
     top = 2**domain.bits - 1
     return seen.mul_(top).round_().clamp_(0, top).div_(top)
 
-# %% ../nbs/01_simulator.ipynb #b2a15d6d
+# %% ../nbs/01_simulator.ipynb #3f0a8a49
 def pixels_of(
     grid: Grid, # of the ground
     gsd: float, # pixel size, m
@@ -1097,18 +1221,18 @@ def pixels_of(
                          "with a smaller cell or a larger size")
     return pixels
 
-# %% ../nbs/01_simulator.ipynb #ab929784
+# %% ../nbs/01_simulator.ipynb #22de04d2
 @lru_cache(128)
 def stretch_of(
     domain: Domain, # the product
 ) -> tuple[tuple[float, ...], tuple[float, ...]]: # low and high reflectance per band
-    "Limits a little beyond 0.5 and 99 per cent of eight scenes of a domain."
+    "Limits: 0.85 of the 0.5th, 1.1 of the 98.5th percentile of eight scenes of a domain."
     plain = replace(domain, stretch=None)
     seen = torch.cat([s.image.flatten(1) for s in render(plain, range(10**6, 10**6 + 8), 96)], 1)
-    low, high = np.percentile(seen.numpy(), (.5, 99), axis=1)
-    return tuple((.9 * low).tolist()), tuple((1.2 * high + 1e-3).tolist())
+    low, high = np.percentile(seen.numpy(), (.5, 98.5), axis=1)
+    return tuple((.85 * low).tolist()), tuple((1.1 * high + 1e-3).tolist())
 
-# %% ../nbs/01_simulator.ipynb #4d7b0517
+# %% ../nbs/01_simulator.ipynb #0cda773d
 def develop(
     seen: Tensor, # (scenes, bands, pixels, pixels) reflectance
     domain: Domain, # `stretch` and `gamma`
@@ -1122,7 +1246,7 @@ def develop(
                          "expected the stretch of a domain with the same bands")
     return ((seen - low) / (high - low)).clamp_(0, 1).pow_(1 / domain.gamma).mul_(255).round_()
 
-# %% ../nbs/01_simulator.ipynb #52da3624
+# %% ../nbs/01_simulator.ipynb #986404a5
 @dataclass
 class Scene:
     "One rendered scene."
@@ -1140,7 +1264,7 @@ class Scene:
         image = self.image[list(as_sensor(self.domain.sensor).rgb_index)].permute(1, 2, 0)
         return image / 255 if self.domain.stretch else (image / .3).clamp(0, 1)**.7
 
-# %% ../nbs/01_simulator.ipynb #9eeb131d
+# %% ../nbs/01_simulator.ipynb #8f2b9034
 def observe(
     layout: Layout, # the ground
     domain: Domain, # day, light, sensor; its region must be that of the layout
@@ -1160,7 +1284,7 @@ def _pixels(layout, pixels):
     share = mean @ F.one_hot(layout.label, len(LEGEND)).movedim(-1, 1).float() @ mean.T
     return share.argmax(1), mean @ layout.height @ mean.T, mean @ layout.ground @ mean.T
 
-# %% ../nbs/01_simulator.ipynb #7b6d0e81
+# %% ../nbs/01_simulator.ipynb #b1db9b14
 def render(
     domain: Domain, # region, day, light, sensor
     seeds: Sequence[int], # one per scene

@@ -8,9 +8,9 @@ import torch
 
 from spectralmoe.bands import SENSORS, Band, Sensor
 from spectralmoe.simulator import (
-    CLASSES, LEGEND, REGIONS, SWATCHES, WAVELENGTHS, Domain, Grid, Region, air, band_responses, canopy, canopy_library,
-    cast_shadow, change, grow, layouts, noise, observe, point_spread, reflectance, render, slope_light, soil_spectrum,
-    stretch_of, swatches, water_spectrum)
+    CLASSES, LEGEND, REGIONS, SWATCHES, WAVELENGTHS, Domain, Grid, Region, air, band_responses, blocks, canopy,
+    canopy_library, cast_shadow, change, districts, divide, grow, illuminate, lake, layouts, noise, observe,
+    point_spread, reflectance, render, river, sea, slope_light, soil_spectrum, stretch_of, swatches, water_spectrum)
 
 INSIDE = ("gf2", "gf1", "planetscope", "ohs", "aerial_rgb", "aerial_rgbn", "aerial_irrg")
 RAW = Domain("raw", stretch=None)
@@ -122,6 +122,114 @@ def test_every_class_occurs_somewhere():
     for region in REGIONS.values():
         there += layouts(region, range(16), 96, 4.).label.flatten().bincount(minlength=len(LEGEND))
     assert (there > 0).all(), [c for c, n in zip(CLASSES, there) if not n]
+
+
+WET = Region("wet", river=1., lake=1., town=.3, village=.2)
+
+
+def grown(mask):
+    "A mask and its neighbours to all sides, two cells wide."
+    return torch.nn.functional.max_pool2d(mask[:, None].float(), 5, 1, 2)[:, 0] > 0
+
+
+def test_a_lake_keeps_out_of_the_river_and_of_the_sea():
+    grid = Grid(tuple(range(24)), 96, 4.)
+    region = replace(WET, sea=1.)
+    other = torch.maximum(river(grid, region), sea(grid, region))
+    alone, beside = lake(grid, region), lake(grid, region, other)
+    assert ((beside > 0) & (other > -24)).sum() == 0 and (beside > 0).any(2).any(1).float().mean() > .5
+    assert ((alone > 0) & (other > 0)).any()  # without the second argument they meet
+    ground = layouts(WET, range(24), 96, 4.)
+    assert (of(ground, "lake") & grown(of(ground, "river"))).sum() == 0
+    course = river(ground.grid, WET) > 2  # nothing but a bridge stands in the river
+    assert (of(ground, "river") | of(ground, "road"))[course].all() and of(ground, "river")[course].float().mean() > .85
+
+
+@pytest.mark.parametrize("cell", (2., 10.))
+def test_a_river_is_whole(cell):
+    region = Region(river=1., river_width=20.)
+    water = river(Grid(tuple(range(12)), 96, cell), region) > 0
+    rim = torch.zeros_like(water)
+    rim[:, (0, -1)], rim[:, :, (0, -1)] = True, True
+    reached = water & rim
+    for _ in range(400): reached = water & (torch.nn.functional.max_pool2d(reached[:, None].float(), 3, 1, 1)[:, 0] > 0)
+    assert reached.sum() >= .999 * water.sum()  # every part flows in and out at the rim
+
+
+def test_a_beach_does_not_close_the_mouth_of_a_river():
+    region = replace(REGIONS["coast"], river=1., sea=1., river_width=60.)
+    ground = layouts(region, range(16), 96, 4.)
+    course = river(ground.grid, region) > 0
+    assert (of(ground, "sand") & course).sum() == 0
+
+
+def test_no_street_or_house_stands_in_a_lake():
+    ground = layouts(replace(WET, town=.9), range(16), 96, 3.)
+    depth = lake(ground.grid, ground.region, river(ground.grid, ground.region))
+    assert of(ground, "lake")[depth > 0].all()
+    houses = of(ground, "urban_building") | of(ground, "rural_building") | of(ground, "industrial_building")
+    assert not (houses & grown(of(ground, "lake"))).any()
+    assert (of(ground, "road") & grown(of(ground, "lake"))).sum() == 0
+
+
+def test_villages_show():
+    for name in ("countryside", "orchard_valley", "terraces", "steppe", "plain"):
+        ground = layouts(REGIONS[name], range(16), 128, 4.)
+        share = of(ground, "rural_building").float().mean()
+        assert share > .01, (name, share)
+    village = blocks(ground.grid, ground.region, districts(ground.grid, ground.region)).village
+    assert .08 < of(ground, "rural_building")[village].float().mean() < .5
+    assert not of(ground, "rural_building")[~village].any()
+
+
+def test_parcels_differ_in_size():
+    grid = Grid(tuple(range(8)), 128, 4.)
+    parts = districts(grid, Region())
+    area = lambda pieces: torch.stack([(pieces.width * pieces.length)[i].log().std() for i in range(8)])
+    assert area(divide(grid, parts, "parcel", 50, 100)).min() > .5
+    assert area(divide(grid, parts, "parcel", 50, 100, uneven=0, spread=0)).max() < .3
+
+
+def test_forms_of_blocks_change_the_houses_alone():
+    town = replace(REGIONS["city"], town=1., industry=0., river=0., lake=0.)
+    one = {k: layouts(replace(town, forms=f), range(4), 96, 2.) for k, f in
+           dict(houses=(1, 0, 0), courts=(0, 1, 0), slabs=(0, 0, 1)).items()}
+    built = {k: of(v, "urban_building") for k, v in one.items()}
+    assert all(.1 < b.float().mean() < .6 for b in built.values())
+    assert (built["houses"] != built["courts"]).float().mean() > .1 < (built["courts"] != built["slabs"]).float().mean()
+    torch.testing.assert_close(one["houses"].ground, one["slabs"].ground)
+    with pytest.raises(ValueError, match="three weights"): Region(forms=(1, 0))
+
+
+def test_every_region_is_rich_and_every_class_common_somewhere():
+    most = torch.zeros(len(LEGEND))
+    for region in REGIONS.values():
+        label = layouts(region, range(12), 96, 4.).label
+        share = label.flatten().bincount(minlength=len(LEGEND)) / label.numel()
+        assert (share > .01).sum() >= 8, region.name
+        most = torch.maximum(most, share)
+    assert (most > .01).all(), [c for c, m in zip(CLASSES, most) if m <= .01]
+
+
+def test_haze_takes_contrast_and_adds_path():
+    ground = layouts(Region(), [3], 64)
+    rho = reflectance(ground, grow(ground, 190), "gf2")
+    seen = torch.stack([illuminate(rho, ground, change(RAW, haze=h))[0] for h in (0., .1, .3, .6, 1., 2.)])
+    contrast = seen.flatten(2).std(2)
+    assert (contrast.diff(dim=0) < 0).all() and contrast[3, 0] < .6 * contrast[0, 0]
+    zenith, haze, wave = 40., .6, torch.tensor([.55])
+    mu, g, omega = math.cos(math.radians(zenith)), .5, .93  # the aerosol's part of the path, by hand
+    phase = omega * (1 - g**2) / (1 + g**2 + 2 * g * mu)**1.5
+    path = phase / (4 * (mu + 1)) * (1 - math.exp(-haze * (1 / mu + 1)))
+    extra = air(zenith, haze, wave).path - air(zenith, 0., wave).path
+    torch.testing.assert_close(extra, torch.tensor([path]), atol=1e-6, rtol=1e-4)
+    assert ((air(zenith, haze).sharp > 0) & (air(zenith, haze).sharp <= air(zenith, haze).up)).all()
+
+
+def test_vegetation_is_not_black_in_a_product():
+    for name in ("delta", "plain", "savanna"):
+        scene = torch.cat([s.image.flatten(1) for s in render(Domain(name, REGIONS[name]), range(4), 96)], 1)
+        assert 60 < scene[1].median() < 170, (name, scene[1].median())
 
 
 def test_season_moves_the_near_infrared():
