@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'RGB_WAVELENGTHS', 'BackboneSpec', 'list_backbones', 'inflation', 'resize_patch', 'resize_positions',
-           'FrozenEncoder', 'weights_sha256', 'Backbone', 'load_vfm', 'load_dfm', 'check_grids', 'CachedTokens']
+           'shipped_weights', 'FrozenEncoder', 'weights_sha256', 'Backbone', 'load_vfm', 'load_dfm', 'check_grids',
+           'CachedTokens']
 
 # %% ../nbs/14_backbones.ipynb #c4fd7111
 import copy, difflib, hashlib, os, pickle, warnings
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from .bands import Sensor
 
-# %% ../nbs/14_backbones.ipynb #a2e3708b
+# %% ../nbs/14_backbones.ipynb #861804b9
 @dataclass(frozen=True)
 class BackboneSpec:
     "What is known of a pretrained encoder before its weights are read."
@@ -33,6 +34,7 @@ class BackboneSpec:
     hub_id: str # repository on the Hugging Face hub
     licence: str # of the weights
     gated: bool = False # the hub asks to accept the licence first
+    shipped: bool = False # pretrained weights are part of this package
     mean: tuple = (0.485, 0.456, 0.406) # of red, green, blue in pretraining (ImageNet's)
     std: tuple = (0.229, 0.224, 0.225) # their standard deviation
     config: Mapping = field(default_factory=dict) # further fields of the transformers config
@@ -53,9 +55,11 @@ def _dinov2(size, hub_id, licence="Apache-2.0", kind="vfm", family="dinov2"):
     config = dict(use_swiglu_ffn=True) if size == "giant" else {}
     return BackboneSpec(kind, family, *_VIT[size], 14, 518, prefix, hub_id, licence, config=config)
 
-# %% ../nbs/14_backbones.ipynb #f05250b9
+# %% ../nbs/14_backbones.ipynb #caa464e4
 _7B = dict(_GATED, mlp_ratio=2, query_bias=False, value_bias=False)
 _DA = "depth-anything/"
+_mini = lambda kind, family, prefix, **config: BackboneSpec(
+    kind, family, 128, 8, 4, 8, 128, prefix, "", "Apache-2.0", shipped=True, config=config)
 BACKBONES = {
     "dinov3-vits16": _dinov3("vits16", *_VIT["small"]),
     "dinov3-vits16plus": _dinov3("vits16plus", *_VIT["small"], **_GATED),
@@ -73,6 +77,8 @@ BACKBONES = {
         for s in ("small", "base", "large")},
     "prompt-depth-anything-vitl": _dinov2("large", f"{_DA}prompt-depth-anything-vitl-hf",
         kind="dfm", family="prompt_depth_anything"),
+    "mini_vfm": _mini("vfm", "dinov3_vit", 5, num_register_tokens=4, intermediate_size=512),
+    "mini_dfm": _mini("dfm", "depth_anything", 1),
 }
 
 # %% ../nbs/14_backbones.ipynb #c593593c
@@ -265,24 +271,24 @@ def _unreadable(name, weights, error):
     return FileNotFoundError(f"{name}: {weights} is neither a folder here nor a model on the hub "
         f"({str(error).splitlines()[0]}). Its hub id is {_spec(name).hub_id}")
 
-# %% ../nbs/14_backbones.ipynb #59b430d2
+# %% ../nbs/14_backbones.ipynb #381a22c9
 def _read(name, weights, call, **kwargs):
     from safetensors import SafetensorError
     if Path(weights).is_file(): raise ValueError(
         f"{name}: {weights} is a file; weights are a folder with config.json and model.safetensors "
-        f"or a hub id such as {_spec(name).hub_id}")
+        f"or a hub id such as {_spec(name).hub_id or _spec('dinov3-vits16').hub_id}")
     try: return call(weights, **kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise _unreadable(name, weights, error) from error
 
-# %% ../nbs/14_backbones.ipynb #dcceef77
+# %% ../nbs/14_backbones.ipynb #da0db237
 def _checked_config(name, weights, size):
     "The config in `weights`, if it describes the model `name` of that size with three bands."
     from transformers import AutoConfig
     family, config = _spec(name).family, _read(name, weights, AutoConfig.from_pretrained)
     if config.model_type != family: raise ValueError(
         f"{name} is a {family} model and {weights} holds a {config.model_type}: "
-        f"give the folder or hub id of {_spec(name).hub_id}")
+        f"give the folder or hub id of {_spec(name).hub_id or name}")
     c = getattr(config, "backbone_config", None) or config
     found = dict(dim=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads)
     if found != size or c.num_channels != 3: raise ValueError(
@@ -300,7 +306,27 @@ def _pretrained(name, weights, size):
     if saved is encoder: return model
     return _from_state(name, encoder, config, model.backbone.state_dict())
 
-# %% ../nbs/14_backbones.ipynb #947996c0
+# %% ../nbs/14_backbones.ipynb #7a1e4590
+def shipped_weights(
+    name: str, # "mini_vfm" or "mini_dfm"
+) -> Path: # folder with config.json, model.safetensors and README.md
+    "Where the weights that come with the package are."
+    import spectralmoe
+    if not _spec(name).shipped: raise ValueError(
+        f"{name} does not come with the package; "
+        f"{', '.join(k for k, s in BACKBONES.items() if s.shipped)} do. Its hub id is {_spec(name).hub_id}")
+    folder = Path(spectralmoe.__file__).parent / "weights" / name
+    if not (folder / "model.safetensors").exists(): raise FileNotFoundError(
+        f"{name}: no weights in {folder}. Make them with `spectralmoe run pretrain_mini -p profile=full -p install=true` "
+        "(90 minutes on two cores), install the package again, or take weights='random'")
+    return folder
+
+def _chosen(name, weights):
+    "Where the weights are, None for random ones."
+    if weights is None and _spec(name).shipped: return shipped_weights(name)
+    return None if weights == "random" else weights
+
+# %% ../nbs/14_backbones.ipynb #a54ff7a8
 _OLD_NAMES = {
     "attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
     "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
@@ -309,7 +335,7 @@ def _canonical(name):
     for old, new in _OLD_NAMES.items(): name = name.replace(old, new)
     return name
 
-# %% ../nbs/14_backbones.ipynb #3bde0bdf
+# %% ../nbs/14_backbones.ipynb #3149970d
 def _draw(model, seed):
     "Normal values with standard deviation 0.02 in every matrix, kernel and token of `model`."
     generator = torch.Generator().manual_seed(seed)
@@ -317,12 +343,13 @@ def _draw(model, seed):
         if p.ndim > 1: nn.init.normal_(p, std=0.02, generator=generator)
     return model
 
-# %% ../nbs/14_backbones.ipynb #5951b092
+# %% ../nbs/14_backbones.ipynb #ac5700fd
 def _encoder(name, weights, seed, patch_size, image_size, patch_resize, dim, n_layers, n_heads):
     "Encoder of `name` for three bands at the wanted sizes, random (seeded) or from `weights`."
     spec = _spec(name)
     size = dict(dim=dim or spec.dim, n_layers=n_layers or spec.n_layers,
         n_heads=n_heads or spec.n_heads)
+    weights = _chosen(name, weights)
     pixels = dict(patch_size=patch_size, image_size=image_size)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"): # the caller's draws stay the same
         if weights is None: return _draw(_new_encoder(name, **size, **pixels), seed)
@@ -332,7 +359,7 @@ def _encoder(name, weights, seed, patch_size, image_size, patch_resize, dim, n_l
     if patch_size: kernel = resize_patch(kernel, patch_size, patch_resize)
     return _with_kernel(name, model, kernel, _side(name, image_size, kernel.shape[-1]))
 
-# %% ../nbs/14_backbones.ipynb #75c4f61b
+# %% ../nbs/14_backbones.ipynb #9894dbbb
 class FrozenEncoder(nn.Module):
     "An encoder of transformers that stays in eval mode and asks for no gradient."
     def __init__(self,
@@ -366,7 +393,7 @@ class FrozenEncoder(nn.Module):
             for name, p in part.named_parameters(): p.requires_grad_(name != "mask_token")
         return self
 
-# %% ../nbs/14_backbones.ipynb #8bc3925d
+# %% ../nbs/14_backbones.ipynb #a5b5760e
 def weights_sha256(
     state: Mapping[str, Tensor], # weights by name
 ) -> str: # 64 hexadecimal digits
@@ -379,7 +406,7 @@ def weights_sha256(
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/14_backbones.ipynb #de94c9b7
+# %% ../nbs/14_backbones.ipynb #62a7332c
 class Backbone(FrozenEncoder):
     "A frozen vision transformer whose patch tokens can be read, and refined, after every block."
     def __init__(self,
@@ -421,9 +448,14 @@ class Backbone(FrozenEncoder):
 
     def __repr__(self): return (
         f"{type(self).__name__}({self.name}: {self.in_bands} bands, {self.n_layers} blocks x "
-        f"{self.dim}, patch {self.patch_size}, {self.source['weights'] or 'random weights'})")
+        f"{self.dim}, patch {self.patch_size}, {_said(self)})")
 
-# %% ../nbs/14_backbones.ipynb #63852d90
+def _said(self):
+    weights = self.source["weights"]
+    if weights is None and _spec(self.name).shipped: return "shipped weights"
+    return "random weights" if weights in (None, "random") else weights
+
+# %% ../nbs/14_backbones.ipynb #e9b0d525
 def _grid(name, patch, height, width):
     if height % patch or width % patch: raise ValueError(
         f"{name} cuts {patch} x {patch} pixel patches and the image is {height} x {width}: pad it "
@@ -438,7 +470,7 @@ def _check_images(self, images):
         f"select {self.in_bands} bands, or load it for the sensor (in_bands)")
     self.grid(*images.shape[-2:])
 
-# %% ../nbs/14_backbones.ipynb #d7f27b89
+# %% ../nbs/14_backbones.ipynb #9b15e6f0
 def _embed(self, images):
     "Tokens that enter the first block, and the position arguments of every block."
     images = images.to(self.blocks[0].norm1.weight.dtype)
@@ -451,7 +483,7 @@ def _embed(self, images):
     rope = getattr(self.model, "rope_embeddings", None)
     return tokens, {} if rope is None else dict(position_embeddings=rope(pixels))
 
-# %% ../nbs/14_backbones.ipynb #f310646d
+# %% ../nbs/14_backbones.ipynb #204edeec
 def _step(block, n_prefix, layer, refine, tokens, rope):
     "One block, and what `refine` makes of its patch tokens."
     tokens = block(tokens, **rope)
@@ -464,7 +496,7 @@ def _step(block, n_prefix, layer, refine, tokens, rope):
         f"{tuple(patches.shape)}: return the patch tokens alone")
     return torch.cat([prefix, refined.to(tokens.dtype)], 1)
 
-# %% ../nbs/14_backbones.ipynb #6a26d277
+# %% ../nbs/14_backbones.ipynb #0f8e6308
 def _tokens(self, images, refine, checkpointing):
     if self.read_only and refine is not None: raise ValueError(
         f"{self.name} was loaded by load_dfm, which is only read: refine a model from load_vfm")
@@ -478,10 +510,10 @@ def _tokens(self, images, refine, checkpointing):
             outputs.append(tokens[:, self.n_prefix_tokens:])
     return outputs
 
-# %% ../nbs/14_backbones.ipynb #0070a4f3
+# %% ../nbs/14_backbones.ipynb #92f4b3d3
 def load_vfm(
     name: str, # key of `BACKBONES`, see `list_backbones()`
-    weights: str | Path | None = None, # None: random; a folder from `save_pretrained`; a hub id
+    weights: str | Path | None = None, # "random"; a folder; a hub id; None: shipped (`mini_`) or random
     in_bands: int | Sensor = 3, # bands of the images, or the sensor that has them
     inflate: str = "rgb_kept", # how further bands get kernels, see `inflation`
     seed: int = 0, # of random weights
@@ -515,12 +547,12 @@ def load_vfm(
     extra = [i for i in range(in_bands) if i not in rgb]
     return Backbone(model, name, source, rgb, extra, kernel[:, extra], train_extra)
 
-# %% ../nbs/14_backbones.ipynb #bf8c059b
+# %% ../nbs/14_backbones.ipynb #50caebed
 def load_dfm(
     name: str, # key of `BACKBONES`, see `list_backbones()`
-    weights: str | Path | None = None, # None: random; a folder from `save_pretrained`; a hub id
+    weights: str | Path | None = None, # "random"; a folder; a hub id; None: shipped (`mini_`) or random
     seed: int = 0, # of random weights
-    patch_size: int | None = 16, # pixels per token side; None: as pretrained (14)
+    patch_size: int | str | None = "auto", # pixels per token side; None: as pretrained; "auto": see above
     image_size: int | None = None, # pixels, for learned positions; None: as pretrained
     patch_resize: str = "bicubic", # how the patch kernel changes size, see `resize_patch`
     dim: int | None = None, # token width; None: as pretrained
@@ -528,12 +560,13 @@ def load_dfm(
     n_heads: int | None = None, # attention heads; None: as pretrained
 ) -> Backbone: # for (B, 3, H, W) images in the order red, green, blue; never part of a graph
     "A depth foundation model's encoder, only read."
+    if patch_size == "auto": patch_size = None if _spec(name).shipped else 16
     size = dict(patch_size=patch_size, image_size=image_size, patch_resize=patch_resize,
         dim=dim, n_layers=n_layers, n_heads=n_heads)
     source = dict(name=name, weights=weights and str(weights), seed=seed, **size)
     return Backbone(_encoder(name, weights, seed, **size), name, source, range(3), read_only=True)
 
-# %% ../nbs/14_backbones.ipynb #3c29ad8e
+# %% ../nbs/14_backbones.ipynb #1f594249
 def check_grids(
     vfm: Backbone, # visual model
     dfm: Backbone, # depth model
@@ -554,7 +587,7 @@ def check_grids(
         "or fusion='cross_attention'")
     return grids
 
-# %% ../nbs/14_backbones.ipynb #63c0f029
+# %% ../nbs/14_backbones.ipynb #c1b973d9
 def _read_tokens(file, shape, device):
     "Stored tokens, or None (with a warning) if the file is damaged."
     from safetensors import SafetensorError
@@ -566,7 +599,7 @@ def _read_tokens(file, shape, device):
     if tokens is not None and tuple(tokens.shape) == shape: return tokens
     warnings.warn(f"cached tokens in {file} are damaged ({why}): computed again", stacklevel=4)
 
-# %% ../nbs/14_backbones.ipynb #d63f00f3
+# %% ../nbs/14_backbones.ipynb #c24582a2
 def _write_tokens(file, tokens):
     "Write beside the target and rename, so that a reader never meets half a file."
     from safetensors.torch import save_file
@@ -576,7 +609,7 @@ def _write_tokens(file, tokens):
         os.replace(part, file)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/14_backbones.ipynb #e86107e8
+# %% ../nbs/14_backbones.ipynb #5d2970d4
 class CachedTokens(Backbone):
     "A depth model that remembers on disk the tokens of images it has seen."
     def __init__(self,

@@ -37,15 +37,16 @@ def command(
 
 def main() -> None: app()
 
-# %% ../nbs/31_cli.ipynb #2d19ad39
+# %% ../nbs/31_cli.ipynb #25bbfcb7
 def cached_weights() -> dict[str, str]:  # backbone -> "present" or "not here"
-    "Which backbone weights are in the local hub cache."
+    "Which backbone weights are here: the package's own, or in the local hub cache."
     from huggingface_hub import try_to_load_from_cache
-    from spectralmoe.backbones import BACKBONES
-    def state(hub_id):
-        found = try_to_load_from_cache(hub_id, "model.safetensors")
-        return "present" if isinstance(found, str) else "not here"
-    return {name: state(spec.hub_id) for name, spec in BACKBONES.items()}
+    from spectralmoe.backbones import BACKBONES, shipped_weights
+    def here(name, spec):
+        try: found = shipped_weights(name) if spec.shipped else try_to_load_from_cache(spec.hub_id, "model.safetensors")
+        except FileNotFoundError: return False
+        return isinstance(found, (str, Path))
+    return {name: "present" if here(name, spec) else "not here" for name, spec in BACKBONES.items()}
 
 # %% ../nbs/31_cli.ipynb #614eb703
 def machine() -> dict[str, str]:  # what -> how much
@@ -72,7 +73,7 @@ def folders() -> dict[str, str]:  # what for -> where, and from which variable
             "experiments (SPECTRALMOE_NOTEBOOKS)": notebooks,
             "weights (HF_HUB_CACHE)": HF_HUB_CACHE}
 
-# %% ../nbs/31_cli.ipynb #5d6f836b
+# %% ../nbs/31_cli.ipynb #bd1f7c34
 OPTIONAL = {"plotly": "interactive figures", "peft": "LoRA and its kin", "ray": "runs on a cluster",
             "torchgeo": "more backbones and data sets", "prosail": "leaf and canopy spectra",
             "jupyterlab": "reading the notebooks"}
@@ -83,7 +84,7 @@ def check():
     optional = rp.package_versions(OPTIONAL)
     parts = {name: f"{optional[name] or 'not installed'} ({use})" for name, use in OPTIONAL.items()}
     sections = {"Versions": rp.package_versions(), "Machine": machine(), "Optional parts": parts,
-                "Weights in the local hub cache": cached_weights(), "Folders": folders()}
+                "Weights on this machine": cached_weights(), "Folders": folders()}
     table = Table(box=None, show_header=False)
     for title, rows in sections.items():
         table.add_row(f"[bold]{title}")
@@ -140,13 +141,19 @@ def _report(work):
     typer.echo(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
     return out
 
-# %% ../nbs/31_cli.ipynb #c3cf9fd4
+# %% ../nbs/31_cli.ipynb #8f2fa606
 @command
 def demo(
-    data: Path | None = None,  # holds wildfire_ca/; default: SPECTRALMOE_DATA, else made tiles
+    data: Path | None = None,  # holds wildfire_ca/: real images instead of the simulated world
     folder: Path | None = None,  # results go here; default: demo/ in SPECTRALMOE_RUNS, else in ./runs
+    profile: str | None = None,  # sizes and backbones; default: mini, and demo for real images
+    steps: int | None = None,  # of each method; default: 300, and as the profile says for real images
 ):
     "Trains and evaluates `frozen` and `spectralmoe` for a few minutes and writes a page."
-    page = _report(lambda: rp.demo(data, folder))
-    for table in page.parent.glob("benchmark/tables/*.md"):
-        console.print(Markdown(table.read_text(encoding="utf-8")))
+    def work():
+        page = rp.demo(data, folder, profile, steps)
+        for table in sorted(page.parent.glob("benchmark/tables/*-miou.md")):
+            console.print(Markdown(table.read_text(encoding="utf-8")))
+        return page
+    try: _report(work)
+    except (FileNotFoundError, KeyError, ValueError) as e: _refuse(e.args[0])

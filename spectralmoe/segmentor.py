@@ -22,26 +22,28 @@ from .backbones import Backbone, check_grids, load_dfm, load_vfm
 from .benchmarks import IGNORE, Benchmark, benchmark as find_benchmark
 from .head import Mask2FormerHead, PixelShuffleHead, RawConvHead, feature_pyramid
 
-# %% ../nbs/16_segmentor.ipynb #e425350f
+# %% ../nbs/16_segmentor.ipynb #cbe572ff
 @dataclass(frozen=True)
 class Method:
     "What a method trains besides the head."
     name: str  # key of `METHODS`
     title: str  # for tables
     backbone: bool = True  # False: the head works on pixels
+    random: bool = False  # True: the backbone's weights are drawn instead of read
     tuned: bool = False  # True: the backbone is trained as a whole
     adapter: str | None = None  # "paper" or "released": which reading of SpectralMoE refines the tokens
 
-# %% ../nbs/16_segmentor.ipynb #067440ef
+# %% ../nbs/16_segmentor.ipynb #115807c1
 METHODS = {m.name: m for m in (
     Method("raw_conv", "3 x 3 convolution on pixels", backbone=False),
+    Method("random", "frozen random backbone + head", random=True),
     Method("frozen", "frozen backbone + head"),
     Method("full", "full fine-tuning", tuned=True),
     Method("spectralmoe", "SpectralMoE (paper)", adapter="paper"),
     Method("released", "SpectralMoE (released code)", adapter="released"),
 )}
 
-# %% ../nbs/16_segmentor.ipynb #1e9d4194
+# %% ../nbs/16_segmentor.ipynb #7d574dd6
 @contextmanager
 def seeded(
     seed: int,  # of the run
@@ -49,7 +51,7 @@ def seeded(
 ):
     "Within this block torch draws from a stream of its own."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed * 1_000_003 + sum(part.encode()))
+        torch.default_generator.manual_seed(seed * 1_000_003 + sum(part.encode()))
         yield
 
 # %% ../nbs/16_segmentor.ipynb #da5178c8
@@ -232,7 +234,7 @@ class SavedSegmentor(TrainableSegmentor):
         table.loc["total"] = table.sum()
         return table
 
-# %% ../nbs/16_segmentor.ipynb #a50d0906
+# %% ../nbs/16_segmentor.ipynb #676e01db
 class Segmentor(SavedSegmentor):
     "Frozen foundation models, what refines them, and a head."
     @classmethod
@@ -242,13 +244,14 @@ class Segmentor(SavedSegmentor):
         dfm: str | dict | Backbone | None = "mini_dfm",  # name, arguments of `load_dfm`, or a model
         method: str = "spectralmoe",  # key of `METHODS`
         head: str = "mask2former",  # or "pixel_shuffle"
-        head_sizes: dict | None = None,  # arguments of the head, such as hidden or n_queries
+        head_sizes: dict | None = None,  # arguments of the head, such as hidden, n_queries or scales
         seed: int = 0,  # of the first weights
         statistics: dict | None = None,  # of the data, see `Statistics`
         **overrides,  # fields of SpectralMoEConfig, for methods that have an adapter
     ) -> "Segmentor":
         "A model for a benchmark, ready to be trained."
         b, m = find_benchmark(benchmark), _method(method, overrides)
+        if m.random: vfm = _without_weights(vfm, m.name, seed)
         vfm = _loaded(vfm, load_vfm, m.tuned, in_bands=b.input_sensor) if m.backbone else None
         settings = dict(head=head if m.backbone else "raw_conv", head_sizes=head_sizes or {}, seed=seed)
         config = _config(m, vfm, settings, overrides)
@@ -290,7 +293,15 @@ def _loaded(model, load, tuned=False, **kwargs):
     elif tuned or any(p.requires_grad for p in model.parameters()): model = copy.deepcopy(model)
     return model.unfreeze() if tuned else model
 
-# %% ../nbs/16_segmentor.ipynb #3ef0eeac
+# %% ../nbs/16_segmentor.ipynb #e3d3c5a6
+def _without_weights(vfm, method, seed):
+    "The same backbone, its weights drawn by the run's seed."
+    if not isinstance(vfm, (str, dict)):
+        raise ValueError(f"method {method!r} draws the weights of the backbone and got {vfm!r}: "
+                         "give a name or the arguments of `load_vfm`")
+    return {**({"name": vfm} if isinstance(vfm, str) else vfm), "weights": "random", "seed": seed}
+
+# %% ../nbs/16_segmentor.ipynb #2c552086
 def _config(method, vfm, settings, overrides):
     if method.adapter is None: return None
     linked = {"n_tokens": "n_queries", "query_dim": "hidden"} if settings["head"] == "mask2former" else {}
@@ -318,7 +329,7 @@ def _head(head, n_classes, task, vfm, config, sizes):
     if config is None: return Mask2FormerHead(vfm.dim, n_classes, linked=False, **sizes)
     return Mask2FormerHead(vfm.dim, n_classes, linked=True, **{"n_queries": config.n_tokens, "hidden": config.query_dim, **sizes})
 
-# %% ../nbs/16_segmentor.ipynb #5e8742cc
+# %% ../nbs/16_segmentor.ipynb #d1e57369
 def _check_keys(own, state, where):
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
@@ -328,7 +339,7 @@ def _check_keys(own, state, where):
                          f"{few(missing)}, {len(unexpected)} unexpected{few(unexpected)}, {len(shapes)} of another shape"
                          f"{few(shapes)}. Load a checkpoint of this very method and these sizes")
 
-# %% ../nbs/16_segmentor.ipynb #310fd071
+# %% ../nbs/16_segmentor.ipynb #b156785a
 FORMAT = 1  # of config.json; raised when an older reader could misread it
 
 def _config_of(model):
@@ -354,7 +365,7 @@ def _same(saved, given, load, tuned=False):
                          f"{saved['sha256'][:12]}... ({saved['source']}); give exactly those weights")
     return model
 
-# %% ../nbs/16_segmentor.ipynb #eecc6fb8
+# %% ../nbs/16_segmentor.ipynb #3d47bd8d
 def _write(path, data):
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)

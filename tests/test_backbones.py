@@ -12,7 +12,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from spectralmoe.backbones import (
-    CachedTokens, check_grids, inflation, list_backbones, load_dfm, load_vfm, resize_patch)
+    BACKBONES, CachedTokens, check_grids, inflation, list_backbones, load_dfm, load_vfm, resize_patch, shipped_weights)
 from spectralmoe.bands import SENSORS
 
 SIZE = dict(dim=32, n_layers=4, n_heads=2)
@@ -332,3 +332,40 @@ def test_published_parameter_counts_on_the_meta_device():
     assert round(params["dinov3-vitl16"], 1) == 303.1
     assert params["dinov2-large"] == params["prompt-depth-anything-vitl"] == 304.37
     assert round(params["dinov3-vit7b16"]) == 6716 and params["dinov2-giant"] == 1136.48
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_takes_random_weights_by_name(name):
+    load = load_dfm if BACKBONES[name].kind == "dfm" else load_vfm
+    a = load(name, "random", seed=2, **SIZE)
+    assert "random weights" in repr(a) and load(**json.loads(json.dumps(a.source))).fingerprint() == a.fingerprint()
+    if not BACKBONES[name].shipped: assert load(name, seed=2, **SIZE).fingerprint() == a.fingerprint()
+
+
+@pytest.mark.parametrize("bands", [4, 32, "gf2", "ohs", "aerial_irrg"])
+def test_mini_models_pair_up_for_any_sensor(bands):
+    vfm = load_vfm("mini_vfm", "random", SENSORS.get(bands, bands))
+    dfm = load_dfm("mini_dfm", "random")
+    assert (vfm.dim, vfm.n_layers, vfm.patch_size, vfm.n_prefix_tokens) == (128, 8, 8, 5)
+    assert (dfm.dim, dfm.n_layers, dfm.patch_size, dfm.n_prefix_tokens) == (128, 8, 8, 1)
+    assert check_grids(vfm, dfm, 128, True) == ((16, 16), (16, 16))
+    images = torch.randn(1, vfm.in_bands, 16, 24)
+    assert vfm.tokens(images)[-1].shape == dfm.tokens(images[:, vfm.rgb])[-1].shape == (1, 6, 128)
+    with torch.no_grad(): expected = vfm.model(images[:, vfm.rgb], output_hidden_states=True).hidden_states[-1][:, 5:]
+    assert torch.equal(vfm.tokens(images)[-1].detach(), expected), "further bands begin at nothing"
+    assert load_dfm("depth-anything-v2-small", **SIZE).patch_size == 16
+
+
+def test_missing_shipped_weights_say_how_to_make_them(monkeypatch, tmp_path):
+    import spectralmoe
+    monkeypatch.setattr(spectralmoe, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="spectralmoe run pretrain_mini -p profile=full -p install=true"):
+        load_vfm("mini_vfm")
+    with pytest.raises(FileNotFoundError, match="weights='random'"): load_dfm("mini_dfm")
+    with pytest.raises(ValueError, match="does not come with the package"): shipped_weights("dinov2-small")
+
+
+def test_half_precision_files_are_held_in_single_precision(tmp_path):
+    saved("dinov3-vits16", tmp_path).half().save_pretrained(tmp_path)
+    model = load_vfm("dinov3-vits16", tmp_path, **SIZE).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -266,6 +266,26 @@ def test_odd_sizes_make_batches(tmp_path):
     assert batch["valid"].sum((1, 2)).tolist() == [64 * 64] * 3 + [40 * 64] * 3 + [30 * 30] * 3
 
 
+@pytest.mark.parametrize("few", [1, 3])
+def test_few_training_tiles_are_part_of_more(made, few):
+    part, more, everything = (module(made, train_tiles=n) for n in (few, few + 1, None))
+    names = [[f.name for f in m.source_train.files] for m in (part, more, everything)]
+    assert (len(names[0]), len(names[1])) == (few, few + 1)
+    assert set(names[0]) < set(names[1]) <= set(names[2])
+    assert [f.name for f in part.source_val.files] == [f.name for f in everything.source_val.files]
+    assert [f.name for f in module(made, train_tiles=few, seed=7).source_train.files] == names[0]
+    assert part.statistics == Statistics.fit(part.source_train.standardised(None)) != everything.statistics
+
+
+def test_the_number_of_training_tiles_is_the_benchmarks_unless_given(made):
+    task = replace(benchmark("made_tiles"), train_tiles=2)
+    count = lambda **more: len(DomainDataModule(task, root=made.parent, crop=32, **more).source_train)
+    assert (count(), count(train_tiles=3)) == (2, 3)
+    for wrong, about in ((0, "1 or more"), (99, "1 to 5")):
+        with pytest.raises(ValueError, match=f"train_tiles={wrong}; expected {about}"): count(train_tiles=wrong)
+    assert DomainDataModule(task, root=made.parent, train_tiles=3).benchmark.train_tiles == 3
+
+
 # ---- batches
 
 def same(one, other):
@@ -309,7 +329,7 @@ def test_more_steps_than_the_data_have_is_an_error(made):
 
 def test_made_tiles_are_made_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECTRALMOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("spectralmoe.datasets.make_tiles.__defaults__", (4, 32, 0))
+    monkeypatch.setattr("spectralmoe.mini.make_tiles.__defaults__", (4, 32, 0))
     one, other = (DomainDataModule("made_tiles", crop=32) for _ in range(2))
     assert one.source.fingerprint() == other.source.fingerprint()
     assert [p.parent.parent for p in tmp_path.rglob("made_tiles")] == [tmp_path / "cache"]

@@ -1,14 +1,20 @@
 "Experiments: refused early, stopped openly, recorded always, resumed."
 import json
+import os
+import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import nbformat
 import pytest
 from typer.testing import CliRunner
 
 from spectralmoe.cli import app
-from spectralmoe.reproduce import (Cell, ExperimentFailed, RunRecord, demo, finished, index_page, read_parameters, read_record,
-                                   read_records, recording, reproduce, results_table, write_table)
+from spectralmoe.records import (Cell, RunRecord, code_state, finished, index_page, pooled_scores, read_record, read_records,
+                                 recording, results_table, seed_scores, write_table)
+from spectralmoe.reproduce import (PROFILES, ExperimentFailed, choose_profile, demo, grid_cells, load_data, read_parameters, reproduce,
+                                   run_folder, run_grid, run_method)
 
 PARAMETERS = """steps = 3  # how many = not few
 methods = ["frozen"]  # what to train
@@ -138,7 +144,7 @@ def test_table_counts_seeds_and_names_what_was_not_run(tmp_path):
     assert (round(cell.mean, 6), cell.seeds, len(cell.files)) == (60, 3, 3)
     assert cell.half_width == pytest.approx(4.302653 * 10 / 3**0.5)  # Student t, two degrees of freedom
     assert str(table.loc["frozen", "dusk"]) == "50.0 ± 24.8 (3)"
-    assert [str(table.loc["frozen", c]) for c in ("dawn", "mean of targets")] == ["not run"] * 2
+    assert [str(table.loc["frozen", c]) for c in ("dawn", "all targets")] == ["not run"] * 2
     assert table.loc["full", "dusk"].status == "failed" and table.loc["released", "dusk"] == Cell()
     assert results_table(read_records(tmp_path), "iou.water").loc["frozen", "source validation"].mean == pytest.approx(90)
     with pytest.raises(ValueError, match="two runs of 'frozen' with seed 0"):
@@ -176,11 +182,11 @@ def test_missing_notebooks_say_how_to_find_them(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECTRALMOE_NOTEBOOKS", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="SPECTRALMOE_NOTEBOOKS"): reproduce("benchmark")
     with pytest.raises(FileNotFoundError, match="SPECTRALMOE_NOTEBOOKS"): demo(folder=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_runs_that_share_their_data_are_the_same_runs(tmp_path):
     "Data opened once for all seeds, or anew for each: same record, same numbers."
-    from spectralmoe.reproduce import load_data, run_method
     module = load_data("smoke", "made_tiles")
     for seed in (1, 0):
         shared = run_method("made_tiles", "frozen", seed, "smoke", tmp_path / "shared", module, progress=None)
@@ -189,3 +195,114 @@ def test_runs_that_share_their_data_are_the_same_runs(tmp_path):
         assert all(shared.metrics[d]["confusion"] == alone.metrics[d]["confusion"] for d in alone.metrics)
     with pytest.raises(ValueError, match="of 'made_tiles' and the run is of 'wildfire_cross_region'"):
         run_method("wildfire_cross_region", "frozen", 0, "smoke", tmp_path, module)
+
+
+def counts(right, wrong=0, n=100):
+    "Scores of two classes: so many of n pixels of the first are right, and `wrong` of the second are called the first."
+    return pooled_scores([dict(classes=["land", "water"], confusion=[[right, n - right], [wrong, n - wrong]])])
+
+
+def test_several_targets_have_one_score_and_oracles_one_row():
+    far, near = counts(90), counts(2, n=10)
+    records = {Path(f"{m}{s}"): RunRecord("benchmark", "coast", m, s, status="done", metrics={"source": counts(99), "far": far, "near": near})
+               for m in ("frozen", "spectralmoe") for s in (0, 1)}
+    records |= {Path(f"{d}{s}"): RunRecord("benchmark", f"coast-oracle-{d}", "frozen", s, status="done", metrics={"source": counts(97), d: m})
+                for d, m in (("near", near), ("far", far)) for s in (0, 1)}
+    records |= {Path("no"): RunRecord("benchmark", "coast-oracle-far", "random", 0, status="done", metrics={"far": counts(1)})}
+    table, together = results_table(records), pooled_scores([far, near])["miou"]
+    assert list(table.index) == ["frozen", "spectralmoe", "oracle"] and list(table.columns) == ["source validation", "far", "near", "all targets"]
+    assert together != pytest.approx((far["miou"] + near["miou"]) / 2)
+    assert table["all targets"]["frozen"].mean == table["all targets"]["oracle"].mean == pytest.approx(100 * together)
+    assert len(table["all targets"]["oracle"].files) == 4 and table["far"]["oracle"].mean == pytest.approx(100 * far["miou"])
+    assert str(table.loc["oracle", "source validation"]) == "-"
+    del records[Path("near1")]
+    assert list(seed_scores(records, "oracle", ["far", "near"])) == [0], "a seed without one of its oracles has no common score"
+    with pytest.raises(ValueError, match="two runs of 'frozen' with seed 0"):
+        results_table({**records, Path("x"): RunRecord("benchmark", "coast-oracle-far", "frozen", 0, config={"steps": 9})})
+
+
+def test_a_run_is_known_by_everything_that_shapes_it(tmp_path):
+    smoke = PROFILES["smoke"]
+    def config(method="frozen", tiles=6, **kwargs):
+        given = {k: kwargs.pop(k) for k in ("overrides", "lr") if k in kwargs}
+        return run_method("made_tiles", method, 0, replace(smoke, **{"steps": 1, **kwargs}), tmp_path, train_tiles=tiles, progress=None, **given)
+    runs = [config(), config(tiles=5), config(steps=2), config(lr=3e-3), config(crop=32), config("random"), config("spectralmoe"),
+            config("spectralmoe", overrides={"top_k": 2}), config(vfm={**smoke.vfm, "seed": 1})]
+    assert len({r.id for r in runs}) == len(runs) == len(read_records(tmp_path))
+    assert runs[0].config["weights"].keys() == {"vfm"} and runs[6].config["weights"].keys() == {"vfm", "dfm"}
+    assert runs[0].config["weights"] != runs[8].config["weights"] and runs[5].config["weights"] == {}
+    assert runs[1].config["train_tiles"] == 5 and runs[3].config["lr"] == runs[3].config["profile"]["lr"] == 3e-3
+    assert config().started == runs[0].started
+    searched = choose_profile("smoke", steps=1, lr={"full": 5e-4, "": smoke.lr})
+    again = run_method("made_tiles", "frozen", 0, searched, tmp_path, train_tiles=6, progress=None)
+    assert again.started == runs[0].started, "a rate chosen for another method changes nothing here"
+    assert run_method("made_tiles", "full", 0, searched, tmp_path, progress=None).config["lr"] == 5e-4
+    assert not list(run_folder(again, tmp_path).glob("*.ckpt")) and (run_folder(again, tmp_path) / "model").is_dir()
+
+
+class Deadly:
+    "Ends the process that reads it."
+    def __reduce__(self): return os._exit, (3,)
+
+
+def test_a_grid_goes_on_when_runs_fail_and_repeats_nothing(tmp_path, capsys):
+    cells = grid_cells(["made_tiles"], ["frozen", "raw_conv", "nonsense"], [0], profile="smoke")
+    cells.insert(1, dict(benchmark="made_tiles", method="frozen", seed=7, profile=Deadly()))
+    found = run_grid(cells, tmp_path, processes=2)
+    assert [(r.method, r.seed, r.status) for r in found] == [("frozen", 0, "done"), ("frozen", 7, "failed"), ("raw_conv", 0, "done"), ("nonsense", 0, "failed")]
+    assert "exit code 3" in found[1].error and "KeyError" in found[3].error
+    said = capsys.readouterr().out
+    assert "4/4" in said and "2 of 4 runs failed" in said and "min left" in said
+    again = run_grid([cells[0], cells[2]], tmp_path)
+    assert [r.started for r in again] == [found[0].started, found[2].started], "neither processes nor their number change a run"
+
+
+def test_oracles_are_cells_of_a_grid():
+    cells = grid_cells(["fbp_cross_sensor", "flair"], ["random", "oracle"], [0, 1], profile="mini", experiment="benchmark")
+    assert [c["seed"] for c in cells] == [0] * 6 + [1] * 6
+    assert {(c["benchmark"].name, c["method"]) for c in cells} == {
+        ("fbp_cross_sensor", "random"), ("flair", "random"), ("flair-oracle-other_departments", "frozen"),
+        *((f"fbp_cross_sensor-oracle-{t}", "frozen") for t in ("gf1", "planetscope", "sentinel2"))}
+
+
+def test_a_run_needs_no_notebook_tools(tmp_path):
+    "A machine that only trains has neither papermill nor nbformat nor nbdev."
+    code = f"""if __name__ == "__main__":
+    import sys
+    for name in ("papermill", "nbformat", "nbclient", "nbdev", "fastcore", "execnb", "ipykernel", "IPython"): sys.modules[name] = None
+    from spectralmoe.reproduce import run_method
+    print(run_method("made_tiles", "spectralmoe", 0, "smoke", {str(tmp_path)!r}, progress=None).status)"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert ran.stdout.strip().endswith("done"), ran.stderr
+
+
+def test_copied_code_can_be_told_its_commit(tmp_path, monkeypatch):
+    import spectralmoe
+    (tmp_path / "spectralmoe").mkdir()
+    monkeypatch.setattr(spectralmoe, "__file__", str(tmp_path / "spectralmoe" / "__init__.py"))
+    monkeypatch.delenv("SPECTRALMOE_COMMIT", raising=False)
+    assert code_state() == {"commit": None, "dirty": None}
+    monkeypatch.setenv("SPECTRALMOE_COMMIT", "abc")
+    assert code_state() == {"commit": "abc", "dirty": None}
+
+
+def test_page_says_what_mini_means_and_what_was_not_run(tmp_path):
+    run().write(tmp_path)
+    assert "simulated scenes" not in index_page(tmp_path).read_text(encoding="utf-8")
+    record = RunRecord("benchmark", "flair", "frozen", 0, status="done", metrics={"source": counts(90), "south": counts(80)})
+    write_table(results_table({record.write(tmp_path): record}), tmp_path / "benchmark" / "tables" / "flair-miou")
+    page = index_page(tmp_path, tasks=["flair", "loveda"]).read_text(encoding="utf-8")
+    assert "simulated scenes" in page and "loveda-miou</h3><p>not run" in page and "flair-miou</h3><p>not run" not in page
+
+
+def test_the_demo_on_real_images_wants_real_images(folder, tmp_path):
+    for name in ("benchmark", "routing"): write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", "a = 1  # any")
+    with pytest.raises(FileNotFoundError, match="no folder wildfire_ca"): demo(tmp_path, folder)
+    result = CliRunner().invoke(app, ["demo", "--data", str(tmp_path), "--folder", str(folder)])
+    assert result.exit_code == 2 and "wildfire_ca" in result.output and not folder.exists()
+
+
+def test_mini_profile_has_the_strides_of_the_paper():
+    mini = PROFILES["mini"]
+    assert (mini.vfm, mini.dfm, mini.crop, mini.steps, mini.lr) == ({"name": "mini_vfm"}, {"name": "mini_dfm"}, 128, None, None)
+    assert [8 / s for s in mini.head_sizes["scales"]] == [16 / s for s in (4, 2, 1, 0.5)] == [4, 8, 16, 32]

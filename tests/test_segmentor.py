@@ -157,3 +157,34 @@ def test_depth_tokens_from_disk_are_the_same(batch, tmp_path):
     model.dfm = CachedTokens(model.dfm, tmp_path)
     assert torch.equal(model(batch[0]), plain) and torch.equal(model(batch[0]), plain)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_the_random_row_draws_the_backbone_by_the_seed_of_the_run(tmp_path):
+    "The same architecture, another draw for every seed; a model that is loaded already is refused."
+    a, b, frozen = build("random"), build("random", seed=1), build("frozen")
+    assert a.vfm.fingerprint() == build("random").vfm.fingerprint() != b.vfm.fingerprint()
+    assert a.vfm.frozen and a.dfm is None and a.vfm.source["weights"] == "random" and b.vfm.source["seed"] == 1
+    assert a.trained_state_dict().keys() == frozen.trained_state_dict().keys()
+    assert torch.equal(a.head.classifier.weight, frozen.head.classifier.weight)
+    assert Segmentor.from_pretrained(b.save_pretrained(tmp_path / "b")).vfm.fingerprint() == b.vfm.fingerprint()
+    with pytest.raises(ValueError, match="give a name or the arguments of `load_vfm`"): build("random", vfm=frozen.vfm)
+
+
+def test_a_named_backbone_keeps_its_architecture_without_its_weights():
+    sizes = dict(HEAD, scales=(2, 1, 0.5, 0.25))
+    model = build("random", vfm="mini_vfm", head_sizes=sizes)
+    assert model.vfm.name == "mini_vfm" and model.vfm.source["weights"] == "random"
+    assert model._run(torch.zeros(1, 5, 64, 64))[0].masks[-1].shape[-2:] == (16, 16), "stride 4 at patches of 8"
+
+
+def test_rows_of_a_table_stand_in_one_order():
+    from spectralmoe.records import ROWS
+    assert list(ROWS) == [*METHODS, "oracle"]
+
+
+def test_building_leaves_the_random_numbers_of_the_caller(batch):
+    torch.manual_seed(5); before = torch.random.get_rng_state()
+    first = build("spectralmoe").adapter.to_query.weight
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert torch.equal(build("spectralmoe").adapter.to_query.weight, first)
