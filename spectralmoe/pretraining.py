@@ -676,8 +676,8 @@ The probe is a linear layer on frozen tokens of four blocks, 150 steps, on named
 
 _RGB = dict(vfm="", dfm="; those with red, green and blue bands")
 
-# %% ../nbs/19_pretraining.ipynb #ca2f0ed6
-STEPS = dict(vfm=4_000, dfm=3_000) # fits 90 minutes of two cores, rendering included
+# %% ../nbs/19_pretraining.ipynb #de4eba27
+STEPS = dict(vfm=4_000, dfm=4_500) # fits 90 minutes of two cores, rendering included
 
 def _replace(file, write):
     "Write beside the target, then rename."
