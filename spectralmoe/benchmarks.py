@@ -343,7 +343,7 @@ _ISPRS = {"impervious surface": ("ffffff", "road square"),
     "low vegetation": ("00ffff", "meadow lawn shrub paddy irrigated dry_crop"),
     "tree": ("00ff00", "tree forest orchard"), "clutter": ("ff0000", "river lake pond sea bare sand")}
 
-# %% ../nbs/02_benchmarks.ipynb #c4406c56
+# %% ../nbs/02_benchmarks.ipynb #715f3854
 def _display(name, *bands):
     sensor = SENSORS[name]
     sensor = sensor.select(bands) if bands else sensor
@@ -366,7 +366,7 @@ def _mini(key, title, scheme, places, tiles=320, substitutes=None, **more):
     BENCHMARKS[key] = Benchmark(key, f"mini: {title}", **merge(scheme), source=domains[0],
         targets=tuple(domains[1:]), simulated=simulated, **{**_MINI, **more})
 
-_MINI = dict(crop=128, steps=600, batch_size=8, lr=1e-3,
+_MINI = dict(crop=128, train_tiles=64, steps=300, batch_size=8, lr=3e-3,
              citation="made by spectralmoe.simulator and spectralmoe.mini; no licence needed")
 
 def _near(region, day, sun, haze, azimuth=150, gsd=1., **more): # a lake would fill many tiles

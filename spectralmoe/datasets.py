@@ -771,7 +771,7 @@ class _Loaders(LightningDataModule):
     def _loader(self, data, **how):
         return DataLoader(data, collate_fn=collate, num_workers=self.num_workers, **how)
 
-# %% ../nbs/03_datasets.ipynb #3bbe2ad7
+# %% ../nbs/03_datasets.ipynb #23aea88c
 class DomainDataModule(_Loaders):
     "Source batches to train and validate on; targets to evaluate on, which cannot reach training."
     def __init__(self,
@@ -813,8 +813,8 @@ class DomainDataModule(_Loaders):
     source_val = cached_property(lambda self: self._val.standardised(self.statistics))
     targets = cached_property(lambda self: {
         name: tiles.standardised(self.statistics) for name, tiles in self._targets.items()})
-    fingerprints = cached_property(lambda self: {
-        name: tiles.fingerprint()
+    fingerprints = cached_property(lambda self: { # of the files; of the recipe where tiles are simulated
+        name: mini.fingerprint(self.benchmark, name) if self.benchmark.world == "mini" else tiles.fingerprint()
         for name, tiles in {self.benchmark.source.name: self.source, **self._targets}.items()})
 
 # %% ../nbs/03_datasets.ipynb #281b906a

@@ -227,7 +227,7 @@ class Profile:
     precision: str = "32-true"  # or "bf16-mixed"
     val_fraction: float = 0.2  # part of the source images held out
 
-# %% ../nbs/30_reproduce.ipynb #d015a90f
+# %% ../nbs/30_reproduce.ipynb #d6294431
 def _random(dim, layers, patch, side):
     size = dict(dim=dim, n_layers=layers, n_heads=dim // 32, patch_size=patch)
     return dict(vfm=dict(name="dinov3-vits16", **size), dfm=dict(name="depth-anything-v2-small", **size, image_size=side))
@@ -243,7 +243,7 @@ PROFILES = {
         head_sizes={**_SMALL, "hidden": 64, "n_queries": 32}, adapter=dict(n_experts=6, rank=8, scale_init=0.1), val_fraction=0.34),
     "mini": Profile("mini: simulated Earth, mini_vfm and mini_dfm", dict(name="mini_vfm"), dict(name="mini_dfm"),
         head_sizes={**_SMALL, "hidden": 64, "n_queries": 32, "scales": [2, 1, 0.5, 0.25]},
-        adapter=dict(n_experts=6, rank=8, scale_init=0.1), crop=128, batch_size=8),
+        adapter=dict(n_experts=6, rank=8, scale_init=0.1), crop=128, batch_size=8, lr={"": 3e-3, "full": 1e-3}),
     "paper": Profile("the paper's sizes", dict(name="dinov3-vitl16"), dict(name="prompt-depth-anything-vitl"), precision="bf16-mixed"),
 }
 

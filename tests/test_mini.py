@@ -340,3 +340,11 @@ def test_masks_hold_the_classes_of_the_simulator(built):
 def test_importing_needs_no_rasterio():
     code = "import sys; sys.modules['rasterio'] = None; import spectralmoe.mini"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_is_known_by_its_recipe_on_any_machine():
+    task = small("loveda")
+    found = DomainDataModule(task).fingerprints
+    assert found == {d.name: mini.fingerprint(task, d.name) for d in task.domains}
+    moved = replace(task, simulated={k: [replace(v, first_seed=v.first_seed + 7) for v in vs] for k, vs in task.simulated.items()})
+    assert all(mini.fingerprint(moved, name) != before for name, before in found.items())
