@@ -419,11 +419,12 @@ def _sections(folder, tasks):
 
 def _link(path, folder): return Html(f'<a href="{_url(path, folder)}">{html.escape(path.stem)}</a>')
 
-# %% ../nbs/25_records.ipynb #fa0747b5
+# %% ../nbs/25_records.ipynb #860efe65
 def index_page(
     folder: str | Path,  # of all runs
     title: str = "Results",  # heading of the page
     tasks: Sequence[str] = (),  # benchmarks whose tables belong here: those not there are "not run"
+    notes: Sequence[str] = (),  # paragraphs above the tables: how they are to be read
 ) -> Path:  # folder/index.html
     "A static page with the tables, figures, records and notebooks below a folder."
     folder, title, records = Path(folder), html.escape(title), read_records(folder)
@@ -435,6 +436,7 @@ def index_page(
     return write_file(folder / "index.html", "\n".join([
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>", f"<p>{MINI}</p>" if simulated else "",
+        *(f"<p>{html.escape(n)}</p>" for n in notes),
         f"<p class=note>{NOTE} The small numbers open the records.</p>", *_sections(folder, tasks), "<h2>Runs</h2>",
         html_table(["record", "status", "time", "device", "commit"], runs),
         html_table(["executed notebook"], [[_link(p, folder)] for p in notebooks]), "</html>\n"]))

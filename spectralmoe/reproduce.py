@@ -247,7 +247,7 @@ PROFILES = {
     "paper": Profile("the paper's sizes", dict(name="dinov3-vitl16"), dict(name="prompt-depth-anything-vitl"), precision="bf16-mixed"),
 }
 
-# %% ../nbs/30_reproduce.ipynb #21751215
+# %% ../nbs/30_reproduce.ipynb #c4bf3760
 def run_method(
     benchmark: str | Benchmark,  # key of `BENCHMARKS`, or your own
     method: str,  # key of `METHODS`
@@ -261,7 +261,8 @@ def run_method(
     progress: str | None = "lines",  # see `fit`
     lr: float | None = None,  # at the first step; None: as the profile says, else the benchmark
     train_tiles: int | None = None,  # source images trained on; None: as the benchmark says
-) -> RunRecord:  # status "done"
+    train: bool = True,  # False: only look up what was run before
+) -> RunRecord | None:  # status "done"; None if it was not run and is not to be
     "Train on the source, score on source validation and on every target, record it all."
     from spectralmoe.segmentor import METHODS, Segmentor
     p = choose_profile(profile)
@@ -272,7 +273,8 @@ def run_method(
     task, kind = module.benchmark, METHODS[method]
     config = _resolved(p, kind, module, lr, overrides)
     record = RunRecord(experiment, task.name, method, seed, parameters or {}, data=module.fingerprints, config=config)
-    if known := finished(record, folder): return known
+    known = finished(record, folder)
+    if known or not train: return known
     with recording(record, folder):
         module.check()
         model = Segmentor.build(task, p.vfm, p.dfm, method, head_sizes=p.head_sizes if kind.backbone else {}, seed=seed,
@@ -380,18 +382,20 @@ def grid_cells(
     return [dict(benchmark=task, method=method, seed=seed, **common) for seed in seeds for t in tasks
             for m in methods for task, method in runs(t, m)]
 
-# %% ../nbs/30_reproduce.ipynb #fe7c6795
+# %% ../nbs/30_reproduce.ipynb #6d341014
 def run_grid(
     cells: Iterable[Mapping],  # arguments of `run_method` but for `folder`, see `grid_cells`
     folder: str | Path,  # of all runs
     processes: int = 1,  # runs side by side; 1: here, without another process
     threads: int = 1,  # CPU threads of each
     device: str | None = None,  # "cpu" or "cuda:0"; None: what there is
+    train: bool = True,  # False: only look up what was run before, and leave out the rest
 ) -> list[RunRecord]:  # as `cells`; of what failed, status "failed" and why
     "Runs many cells, prints a line for each, and goes on when one fails."
     if device is not None and not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"device={device!r}; expected 'cpu', 'cuda:0', 'cuda:1', ... or None")
     cells, found, begun, clock = list(cells), {}, now(), time.perf_counter()
+    if not train: return [r for _, r in _one_by_one([c | {"train": False} for c in cells], folder, 1, threads, None) if r]
     here = processes == 1 and device is None
     for i, record in (_one_by_one if here else _side_by_side)(cells, folder, processes, threads, device):
         found[i] = record
@@ -479,7 +483,7 @@ def _side_by_side(cells, folder, processes, threads, device):
     finally:
         for process in [p for _, p in free] + [p for p, *_ in busy.values()]: process.terminate()
 
-# %% ../nbs/30_reproduce.ipynb #40446081
+# %% ../nbs/30_reproduce.ipynb #c2554a24
 def predict_tile(
     model,  # a Segmentor
     tiles,  # SegmentationTiles, standardised
@@ -496,7 +500,7 @@ def predict_tile(
         classes[new_row:new_row + part.shape[0], new_col:new_col + part.shape[1]] = part
     return classes
 
-# %% ../nbs/30_reproduce.ipynb #730b60de
+# %% ../nbs/30_reproduce.ipynb #823040cb
 def plot_predictions(
     models: Mapping,  # method -> Segmentor
     module,  # data module of the benchmark
@@ -522,7 +526,7 @@ def plot_predictions(
     plt.close(fig)
     return fig
 
-# %% ../nbs/30_reproduce.ipynb #71cd60e4
+# %% ../nbs/30_reproduce.ipynb #64ddd9ae
 def demo(
     data: str | Path | None = None,  # holds wildfire_ca/: real images; None: the simulated world
     folder: str | Path | None = None,  # results go here; default: demo/ in `runs_folder()`

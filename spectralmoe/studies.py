@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'colour', 'mean_over', 'paired', 'smaller', 'settings_of', 'Decision', 'regime_decision', 'plot_line',
            'plot_curves', 'Check', 'validity_checks', 'structure_checks', 'Curve', 'shift_curves', 'size_curve',
-           'curve_area', 'area_table', 'plot_shift']
+           'curve_area', 'area_table', 'plot_shift', 'plot_overview']
 
 # %% ../nbs/32_studies.ipynb #4b7ca8fa
 import math
@@ -287,5 +287,24 @@ def plot_shift(
     for ax in axes.flat[len(curves):]: ax.axis("off")
     for ax in axes[:, 0]: ax.set_ylabel("mIoU (%)", fontsize=8)
     axes[0, 0].legend(fontsize=6); fig.suptitle(_wrapped(title, fig), fontsize=9)
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/32_studies.ipynb #ade9714e
+def plot_overview(
+    table: "pandas.DataFrame",  # methods x tasks, of `Cell`s in percent
+    title: str = "",  # of the figure
+):  # matplotlib figure
+    "Scores of every method on every task."
+    import matplotlib.pyplot as plt
+    methods, tasks = list(table.index), list(table.columns)
+    fig, ax = plt.subplots(figsize=(1.6 + 1.1 * len(tasks), 3), layout="constrained", dpi=70)
+    for i, m in enumerate(methods):
+        cells = [(k + (i - (len(methods) - 1) / 2) * 0.11, table.loc[m, t]) for k, t in enumerate(tasks)]
+        x, y, half = zip(*[(x, c.mean, c.half_width) for x, c in cells if c.mean is not None] or [(math.nan,) * 3])
+        ax.errorbar(x, y, [0 if math.isnan(h) else h for h in half], fmt="o", ms=4, lw=1.2, color=colour(m), label=m)
+    ax.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right", fontsize=8)
+    ax.set_ylabel(table.index.name, fontsize=8); ax.tick_params(axis="y", labelsize=7); ax.grid(axis="y", alpha=0.3)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)); ax.set_title(_wrapped(title, fig), fontsize=9)
     plt.close(fig)
     return fig
