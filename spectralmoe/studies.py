@@ -44,7 +44,7 @@ def paired(
     "Difference of two methods, seed by seed."
     return {seed: a[seed] - b[seed] for seed in a if seed in b}
 
-# %% ../nbs/32_studies.ipynb #b56af33a
+# %% ../nbs/32_studies.ipynb #323e407d
 def smaller(
     task: str | Benchmark,  # a simulated one
     tiles: int,  # per domain, at least one per view
@@ -58,7 +58,7 @@ def smaller(
         there = {k: str(getattr(domain, k)) for k in ("images", "masks", "names")}
         return replace(domain, **{k: v.replace(f"/{task.name}/", f"/{name}/") for k, v in there.items()})
     views = {d: tuple(replace(v, tiles=max(1, tiles // len(vs))) for v in vs) for d, vs in task.simulated.items()}
-    return replace(task, name=name, title=f"{task.title}, {tiles} tiles per domain", source=moved(task.source),
+    return replace(task, name=name, title=f"{task.title}, {tiles} tiles per domain", source=moved(task.source), train_tiles=None,
                    targets=tuple(map(moved, task.targets)), simulated=views)
 
 # %% ../nbs/32_studies.ipynb #ad71feb5

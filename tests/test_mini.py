@@ -23,7 +23,7 @@ SEVEN = [k for k, t in BENCHMARKS.items() if t.world == "mini"]
 
 def small(task, tiles=2, size=48):
     task = benchmark(task)
-    return replace(task, crop=32, simulated={k: [replace(v, tiles=tiles, size=size) for v in views]
+    return replace(task, crop=32, train_tiles=None, simulated={k: [replace(v, tiles=tiles, size=size) for v in views]
                                              for k, views in task.simulated.items()})
 
 
