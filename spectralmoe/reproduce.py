@@ -382,12 +382,12 @@ def grid_cells(
     return [dict(benchmark=task, method=method, seed=seed, **common) for seed in seeds for t in tasks
             for m in methods for task, method in runs(t, m)]
 
-# %% ../nbs/30_reproduce.ipynb #6d341014
+# %% ../nbs/30_reproduce.ipynb #91ac85ea
 def run_grid(
     cells: Iterable[Mapping],  # arguments of `run_method` but for `folder`, see `grid_cells`
     folder: str | Path,  # of all runs
     processes: int = 1,  # runs side by side; 1: here, without another process
-    threads: int = 1,  # CPU threads of each
+    threads: int = 0,  # CPU threads of each; 0: those torch uses here, shared
     device: str | None = None,  # "cpu" or "cuda:0"; None: what there is
     train: bool = True,  # False: only look up what was run before, and leave out the rest
 ) -> list[RunRecord]:  # as `cells`; of what failed, status "failed" and why
@@ -395,6 +395,9 @@ def run_grid(
     if device is not None and not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"device={device!r}; expected 'cpu', 'cuda:0', 'cuda:1', ... or None")
     cells, found, begun, clock = list(cells), {}, now(), time.perf_counter()
+    if not threads:
+        import torch
+        threads = max(1, torch.get_num_threads() // processes)
     if not train: return [r for _, r in _one_by_one([c | {"train": False} for c in cells], folder, 1, threads, None) if r]
     here = processes == 1 and device is None
     for i, record in (_one_by_one if here else _side_by_side)(cells, folder, processes, threads, device):
