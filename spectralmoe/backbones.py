@@ -7,9 +7,10 @@ __all__ = ['BACKBONES', 'RGB_WAVELENGTHS', 'BackboneSpec', 'list_backbones', 'in
            'shipped_weights', 'FrozenEncoder', 'weights_sha256', 'Backbone', 'load_vfm', 'load_dfm', 'check_grids',
            'CachedTokens']
 
-# %% ../nbs/14_backbones.ipynb #c4fd7111
+# %% ../nbs/14_backbones.ipynb #00ddc9c0
 import copy, difflib, hashlib, os, pickle, warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -214,9 +215,18 @@ def _report(name, weights, info, n_weights):
         f"{name}: the weights in {weights} do not fit; of {n_weights} expected {found}. "
         "Give the folder or hub id of this very model, as `save_pretrained` wrote it")
 
-# %% ../nbs/14_backbones.ipynb #9b511aa1
+# %% ../nbs/14_backbones.ipynb #731d1ab0
+@contextmanager
+def _quietly(when=True):
+    "No progress bar of transformers for what takes a moment."
+    from transformers.utils import logging as bars
+    quiet = when and bars.is_progress_bar_enabled()
+    if quiet: bars.disable_progress_bar()
+    try: yield
+    finally: quiet and bars.enable_progress_bar()
+
 def _from_state(name, encoder, config, state):
-    model, info = encoder.from_pretrained(None, config=config, state_dict=state,
+    with _quietly(): model, info = encoder.from_pretrained(None, config=config, state_dict=state,
         dtype=torch.float32, output_loading_info=True)
     _report(name, "memory", info, len(state))
     return model
@@ -296,11 +306,11 @@ def _checked_config(name, weights, size):
         f"weights of this model, or pass {', '.join(f'{k}={v}' for k, v in found.items())}")
     return c
 
-# %% ../nbs/14_backbones.ipynb #66a8aa2e
+# %% ../nbs/14_backbones.ipynb #daf2870a
 def _pretrained(name, weights, size):
     "The encoder in `weights`, checked key for key, at its own channels and patch size."
     config, (saved, encoder) = _checked_config(name, weights, size), _classes(_spec(name).family)
-    model, info = _read(name, weights, saved.from_pretrained, dtype=torch.float32,
+    with _quietly(_spec(name).shipped): model, info = _read(name, weights, saved.from_pretrained, dtype=torch.float32,
         output_loading_info=True, ignore_mismatched_sizes=True) # the report refuses them, by name
     _report(name, weights, info, len(model.state_dict()))
     if saved is encoder: return model
