@@ -231,7 +231,7 @@ def _view_line(view):
     said = ", ".join(f"{k} {v}" for k, v in view.fields.items())
     return f"{view.tiles} x {view.region}: {said} (seeds from {view.first_seed})"
 
-# %% ../nbs/02_benchmarks.ipynb #b411ba87
+# %% ../nbs/02_benchmarks.ipynb #f1324678
 def plot_legend(
     task: Benchmark, # whose classes and palette
     ax=None, # matplotlib axes that receive the legend, made if None
@@ -244,7 +244,7 @@ def plot_legend(
         ax = plt.subplots(figsize=(6, 0.4))[1]
         ax.axis("off")
     names, colours = [*task.classes, "ignored"], [*task.palette, (0, 0, 0)]
-    patches = [Patch(color=[v / 255 for v in c], label=n) for n, c in zip(names, colours)]
+    patches = [Patch(facecolor=[v / 255 for v in c], edgecolor="0.6", label=n) for n, c in zip(names, colours)]
     kwargs = {"loc": "center", "ncols": len(patches), "frameon": False, **kwargs}
     return ax.legend(handles=patches, **kwargs)
 

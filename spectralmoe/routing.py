@@ -285,7 +285,7 @@ def expert_legend(
     patches = [Patch(color=c, label=label) for c, label in zip(colours, labels)]
     return ax.legend(handles=patches, title=title, frameon=False, **kwargs)
 
-# %% ../nbs/23_routing.ipynb #97830463
+# %% ../nbs/23_routing.ipynb #583c7ea8
 def plot_routing(
     routing: RoutingMap,  # of one image
     layer: int = -1,  # which block, from 0; negative from the end
@@ -315,7 +315,7 @@ def plot_routing(
     expert_legend(legend, routing, layer, loc="upper center")
     bar = legend.inset_axes([0.1, 0.17, 0.8, 0.06])
     fig.colorbar(shown, cax=bar, orientation="horizontal", label="entropy / log E")
-    plot_legend(SimpleNamespace(**task), fig, loc="outside lower center", ncols=8)
+    plot_legend(SimpleNamespace(**task), fig, loc="outside lower center", ncols=6)
     fig.suptitle(f"{routing.name}: routing after block {range(n)[layer] + 1} of {n}")
     plt.close(fig)
     return fig
