@@ -461,15 +461,16 @@ class _Views(_Items):
         "Random crops for training; refused for a target."
         return Crops(self, size, augment)
 
-# %% ../nbs/03_datasets.ipynb #427ae9d1
+# %% ../nbs/03_datasets.ipynb #b46ce587
 def _plot(tiles, item):
     import matplotlib.pyplot as plt
     sensor = tiles.sensor.select(tiles.bands)
     rgb = sensor.rgb_index if sensor.rgb else (0, 0, 0)
     colours = np.zeros((256, 3), "uint8")
     colours[:len(tiles.palette)] = tiles.palette
-    figure, axes = plt.subplot_mosaic("ab;ll", height_ratios=[12, 1], figsize=(5, 2.7), dpi=46,
-                                      layout="constrained")
+    columns = 4 if len(tiles.palette) > 7 else 8 # and one more entry: ignored
+    rows = -(-(len(tiles.palette) + 1) // columns)
+    figure, axes = plt.subplot_mosaic("ab", figsize=(5, 2.5 + .2 * rows), dpi=46, layout="constrained")
     plt.close(figure)  # shown as the value of a cell, not twice
     shown = as_picture(item["image"].numpy(), rgb, item["valid"].numpy())
     axes["a"].imshow(shown, interpolation="nearest")
@@ -477,7 +478,7 @@ def _plot(tiles, item):
     axes["a"].set_title(f"{item['name']}: {', '.join(tiles.bands[i] for i in rgb)}", fontsize=9)
     axes["b"].set_title("label", fontsize=9)
     for ax in axes.values(): ax.axis("off")
-    plot_legend(tiles, axes["l"], fontsize=8)
+    plot_legend(tiles, figure, fontsize=8, ncols=columns, loc="outside lower center")
     return figure
 
 # %% ../nbs/03_datasets.ipynb #ad3dfd8b
