@@ -172,7 +172,7 @@ def _without_blank_lines(entry):
 class ExperimentFailed(RuntimeError):
     "A cell of an experiment raised; the message names cell, cause and file."
 
-# %% ../nbs/30_reproduce.ipynb #f3712c42
+# %% ../nbs/30_reproduce.ipynb #f3d2e129
 def reproduce(
     experiment: str,  # name of a notebook in nbs/experiments
     parameters: Mapping[str, object] | None = None,  # instead of the notebook's defaults
@@ -208,7 +208,7 @@ def _without_paths(notebook):
     if not notebook.exists(): return
     nb = json.loads(notebook.read_text(encoding="utf-8"))
     for out in [o for c in nb["cells"] for o in c.get("outputs", []) if o["output_type"] == "stream"]:
-        out["text"] = [re.sub(r"\S*[/\\]site-packages[/\\]", "", line) for line in "".join(out["text"]).splitlines(True)]
+        out["text"] = [re.sub(r"\S*[/\\]site.packages[/\\]", "", line) for line in "".join(out["text"]).splitlines(True)]
     notes = nb["metadata"].get("papermill", {})
     notes |= {k: Path(notes[k]).name for k in ("input_path", "output_path") if notes.get(k)}
     write_file(notebook, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
