@@ -45,10 +45,10 @@ class Domain:
         if self.sensor is not None: as_sensor(self.sensor)
         if self.substitutes: _fed(self)
 
-# %% ../nbs/02_benchmarks.ipynb #b1345f3d
+# %% ../nbs/02_benchmarks.ipynb #95264875
 def _fed(domain):
-    if domain.sensor is None or not domain.substitutes:
-        if not domain.substitutes: return domain.sensor and as_sensor(domain.sensor)
+    if not domain.substitutes: return domain.sensor and as_sensor(domain.sensor)
+    if domain.sensor is None:
         raise ValueError(f"domain {domain.name!r}: substitutes={dict(domain.substitutes)} name bands, but "
                          "sensor=None; say what took the images")
     sensor, said = as_sensor(domain.sensor), dict(domain.substitutes)

@@ -7,12 +7,11 @@ __all__ = ['TileFile', 'list_files', 'sensor_of_file', 'Raster', 'read_image', '
            'as_picture', 'SegmentationTiles', 'collate', 'Windows', 'Crops', 'StepBatches', 'first_batch_report',
            'split_by_name', 'take_first', 'Check', 'DomainDataModule']
 
-# %% ../nbs/03_datasets.ipynb #8ffd62a2
+# %% ../nbs/03_datasets.ipynb #fed90514
 import colorsys
 import copy
 import csv
 import hashlib
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -6,7 +6,7 @@
 __all__ = ['cache_folder', 'scene_domain', 'recipe', 'fingerprint', 'located', 'verify', 'build', 'class_shares', 'contact_sheet',
            'Heights', 'heights', 'make_tiles']
 
-# %% ../nbs/02_mini.ipynb #a77e2d26
+# %% ../nbs/02_mini.ipynb #25baa699
 import csv
 import errno
 import hashlib
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import __version__, simulator
 from .bands import SENSORS, as_sensor
-from .benchmarks import SIMULATED, Benchmark, View
+from .benchmarks import SIMULATED, Benchmark, View, plot_legend
 from .benchmarks import benchmark as find_benchmark
 
 # %% ../nbs/02_mini.ipynb #b0db2e11
@@ -40,7 +40,7 @@ def cache_folder() -> Path:  # not made yet
     home = Path(home) if home else Path.home() / ".cache"
     return Path(given).expanduser() if given else home / "spectralmoe"
 
-# %% ../nbs/02_mini.ipynb #4208910f
+# %% ../nbs/02_mini.ipynb #1deabaa3
 def scene_domain(
     task: str | Benchmark,  # a simulated one
     domain: str,  # name of one of its domains
@@ -54,8 +54,7 @@ def scene_domain(
     sensor = as_sensor(where[1].sensor)
     base = simulator.Domain(f"{domain} {view.region}", simulator.REGIONS[view.region], sensor=sensor,
                             gsd=sensor.gsd or 1.)
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in view.fields.items()}
-    try: return simulator.change(base, **lists)
+    try: return simulator.change(base, **view.fields)
     except (TypeError, ValueError) as error: raise type(error)(f"{about}: {error}") from None
 
 def _domain(task, name):
@@ -92,7 +91,7 @@ def fingerprint(
 def _hash(recipe): return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 def _key(recipe): return _hash(recipe)[:8]
 
-# %% ../nbs/02_mini.ipynb #8cf14a97
+# %% ../nbs/02_mini.ipynb #5cd7b48b
 def located(
     task: str | Benchmark,  # a simulated one
     root: str | Path | None = None,  # folder that holds `mini`; None: the cache
@@ -101,7 +100,6 @@ def located(
     task = find_benchmark(task)
     root = Path(root or cache_folder() / __version__).expanduser().resolve()
     def place(domain):
-        if domain.name not in task.simulated: _domain(task, domain.name)
         old = Path(domain.images).parent
         new = root / old.with_name(f"{domain.name}-{_key(recipe(task, domain.name))}")
         return replace(domain, images=new / "images", masks=new / "masks", names=new / "index.csv")
@@ -236,7 +234,7 @@ def build(
     for name in set(names) - set(absent): verify(there[name], checksums=False)
     return there[task.source.name].parent
 
-# %% ../nbs/02_mini.ipynb #e2f4cb58
+# %% ../nbs/02_mini.ipynb #f135187b
 def class_shares(
     task: str | Benchmark,  # a simulated one
     scenes: int = 16,  # looked at per view, the first ones
@@ -244,19 +242,21 @@ def class_shares(
     "How much of each class there is in each domain."
     import pandas as pd
     task = find_benchmark(task)
-    to_class = torch.tensor([task.label_map[i] for i in range(len(SIMULATED))])
+    to_class = _to_class(task)
     def shares(name):
         counts = sum(_counts(task, name, v, scenes) for v in task.simulated[name])
         ours = torch.zeros(256).index_add_(0, to_class, counts)[:task.n_classes]
         return (ours / counts.sum()).tolist()
     return pd.DataFrame({name: shares(name) for name in task.simulated}, task.classes).round(4)
 
+def _to_class(task): return torch.tensor([task.label_map[i] for i in range(len(SIMULATED))])
+
 def _counts(task, domain, view, scenes):
     seen, seeds = scene_domain(task, domain, view), view.seeds[:scenes]
     label = simulator.layouts(seen.region, seeds, view.size, seen.gsd).label
     return torch.bincount(label.flatten(), minlength=len(SIMULATED)).float() * view.tiles / len(seeds)
 
-# %% ../nbs/02_mini.ipynb #e9b5f97c
+# %% ../nbs/02_mini.ipynb #d4ad9463
 def contact_sheet(
     task: str | Benchmark,  # a simulated one
     tiles: int = 4,  # per domain
@@ -275,17 +275,16 @@ def contact_sheet(
         for ax, picture in zip(line, map(np.asarray, pictures)):
             ax.imshow(picture, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-    marks = [plt.Line2D([], [], marker="s", ls="", color=np.array(c) / 255) for c in task.palette]
-    figure.legend(marks, task.classes, loc="outside lower center", ncols=min(tiles, 6), fontsize=7, frameon=False)
+    plot_legend(task, figure, loc="outside lower center", ncols=min(tiles, 6), fontsize=7)
     return figure
 
 def _sheet_rows(task, name, tiles):
     "Titles and pictures of one domain."
-    scenes = _some_scenes(task, name, tiles)
-    colours = np.array([task.palette[task.label_map[i]] for i in range(len(SIMULATED))], "uint8")
-    sensor = as_sensor(_domain(task, name)[1].sensor)
-    yield f"{name}\nas fed", [_shown(s, _domain(task, name)[1].fed_sensor, task.rgb) for s in scenes]
-    if {"nir", "red", "green"} <= {b.common for b in sensor.bands} and not _domain(task, name)[1].substitutes:
+    scenes, where = _some_scenes(task, name, tiles), _domain(task, name)[1]
+    colours = np.array(task.palette, "uint8")[_to_class(task)]
+    sensor = as_sensor(where.sensor)
+    yield f"{name}\nas fed", [_shown(s, where.fed_sensor, task.rgb) for s in scenes]
+    if {"nir", "red", "green"} <= {b.common for b in sensor.bands} and not where.substitutes:
         yield f"{name}\nnir red green", [_shown(s, sensor, ("nir", "red", "green")) for s in scenes]
     yield f"{name}\nlabels", [colours[s.label.numpy()] for s in scenes]
 
@@ -304,7 +303,7 @@ def _shown(scene, sensor, names):
     image = scene.image[[sensor.index(b) for b in names]].permute(1, 2, 0)
     return image / 255 if scene.domain.stretch is not None else (image / .3).clamp(0, 1)**.7
 
-# %% ../nbs/02_mini.ipynb #1a074230
+# %% ../nbs/02_mini.ipynb #5e80ad50
 class Heights(NamedTuple):
     "Images for a depth model and what it should see in them."
     rgb: Tensor  # (n, 3, h, w) float32, 0..1, the three bands a three-band model is fed
@@ -320,8 +319,8 @@ def heights(
     task, where = _domain(task, domain)
     scenes = _some_scenes(task, domain, n)
     rgb = torch.stack([_shown(s, where.fed_sensor, task.rgb).permute(2, 0, 1) for s in scenes])
-    to_class = torch.tensor([task.label_map[i] for i in range(len(SIMULATED))])
-    return Heights(rgb, torch.stack([s.height for s in scenes]), to_class[torch.stack([s.label for s in scenes])])
+    label = torch.stack([s.label for s in scenes])
+    return Heights(rgb, torch.stack([s.height for s in scenes]), _to_class(task)[label])
 
 # %% ../nbs/02_mini.ipynb #eea19b27
 def _scene(size, rng):

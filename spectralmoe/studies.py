@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'colour', 'mean_over', 'paired', 'smaller', 'settings_of',
            'plot_curves', 'Check', 'validity_checks', 'structure_checks', 'Curve', 'shift_curves', 'size_curve',
            'curve_area', 'area_table', 'plot_shift', 'plot_overview']
 
-# %% ../nbs/32_studies.ipynb #4b7ca8fa
+# %% ../nbs/32_studies.ipynb #569c40ce
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .benchmarks import SHIFTS, Benchmark, benchmark as find_benchmark
 from .evaluation import Interval, interval
-from .records import Cell, RunRecord, pooled_scores, row_of, seed_scores
+from .records import Cell, RunRecord, row_of, seed_scores
 
 # %% ../nbs/32_studies.ipynb #e10381e2
 COLOURS = {"raw_conv": "#999999", "random": "#CC79A7", "frozen": "#0072B2", "full": "#D55E00", "spectralmoe": "#009E73",

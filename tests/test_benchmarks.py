@@ -8,7 +8,7 @@ import pytest
 
 from spectralmoe import simulator
 from spectralmoe.bands import as_sensor
-from spectralmoe.benchmarks import (BENCHMARKS, SHIFTS, SIMULATED, Benchmark, Domain, View, benchmark, merge, merged,
+from spectralmoe.benchmarks import (BENCHMARKS, SHIFTS, SIMULATED, Domain, View, benchmark, merge, merged,
                                     oracle, shift_laboratory)
 
 SEVEN = ("whu_ohs", "fbp_cross_sensor", "fbp_cross_region", "flair", "loveda", "openearthmap", "potsdam_vaihingen")

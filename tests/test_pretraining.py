@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectralmoe.backbones import BACKBONES, load_dfm, load_vfm, shipped_weights
+from spectralmoe.backbones import load_dfm, load_vfm, shipped_weights
 from spectralmoe.bands import SENSORS
 from spectralmoe.pretraining import (
-    HELD_OUT, RANGES, TARGETS, HeightModel, Pool, draw_batch, explained, height_scores, held_out, held_out_table, learning_rate,
+    HELD_OUT, TARGETS, HeightModel, Pool, draw_batch, explained, height_scores, held_out, held_out_table, learning_rate,
     model_card, new_model, predict_height, pretrain, probe, probe_scenes, random_domain, random_ground, random_region, render_group,
     render_pool, surface_targets)
 from spectralmoe.simulator import CLASSES, REGIONS, SWATCHES, Domain, change
