@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MOST_UNPACKED', 'SMALL', 'MOST_PIXELS', 'MOST_OFF_PALETTE', 'COMMON', 'Member', 'list_members', 'copy_member',
-           'Layout', 'read_ids', 'Scene', 'cut_scene', 'Option', 'Recipe', 'pair_up', 'PrepareFailed', 'prepare_with',
-           'read_manifest', 'verify_folder']
+           'Layout', 'read_ids', 'Scene', 'cut_scene', 'Option', 'Recipe', 'find_members', 'pair_up', 'PrepareFailed',
+           'prepare_with', 'read_manifest', 'verify_folder']
 
-# %% ../nbs/04_archives.ipynb #3de82405
+# %% ../nbs/04_archives.ipynb #5042b9ea
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -274,7 +275,7 @@ def _put(path, data):
         raise
     return hashlib.sha256(data).hexdigest()
 
-# %% ../nbs/04_archives.ipynb #000dda16
+# %% ../nbs/04_archives.ipynb #d3e0bc6c
 def cut_scene(
     scene: Scene,  # what to cut
     image: Path,  # its picture, at hand
@@ -304,7 +305,7 @@ def cut_scene(
                 tiles.append([name, h, w, *hashes])
     if odd > MOST_OFF_PALETTE * labels.sum(): raise ValueError(
         f"{odd} of {labels.sum()} mask pixels have colours that are in no table, expected at most {MOST_OFF_PALETTE:.0%}: is this a mask?")
-    return dict(tiles=tiles, labels={int(v): int(labels[v]) for v in labels.nonzero()[0]}, off_palette=odd, **sums.told())
+    return dict(tiles=tiles, labels={str(v): int(labels[v]) for v in labels.nonzero()[0]}, off_palette=odd, **sums.told())
 
 # %% ../nbs/04_archives.ipynb #65c766f3
 class _Sums:
@@ -346,7 +347,7 @@ COMMON = {
     "compress": Option("zstd", "of the tiles, without loss", ("zstd", "deflate", "lzw", "none")),
     "skip": Option([], "scenes to leave out, by name; the manifest lists them")}
 
-# %% ../nbs/04_archives.ipynb #3fcc8af8
+# %% ../nbs/04_archives.ipynb #399a732d
 @dataclass(frozen=True)
 class Recipe:
     "A data set as it is distributed, and how a benchmark is made of it."
@@ -372,6 +373,19 @@ class Recipe:
         if odd := set(options) - set(known): raise ValueError(
             f"{self.name} has no option {', '.join(sorted(odd))}; there are {', '.join(known)} (spectralmoe data info {self.name})")
         return {k: o.read(k, options.get(k, o.default)) for k, o in known.items()}
+
+def find_members(
+    members: Sequence[Member],  # from `list_members`
+    pattern: str,  # regular expression for the end of a path, with groups that identify the file
+) -> dict[tuple[str, ...], Member]:  # groups -> member
+    "Members by what their path ends in; two of one kind are refused."
+    ends, found = re.compile(rf"(?:^|/){pattern}$"), {}
+    for m in members:
+        if not (match := ends.search(m.name)): continue
+        if other := found.get(match.groups()): raise ValueError(
+            f"{other.label} and {m.label} are the same file twice; give archives or the extracted folder, not both")
+        found[match.groups()] = m
+    return found
 
 def pair_up(
     images: Mapping[object, Member],  # key -> image
@@ -510,7 +524,7 @@ def _told(wrong, of, recipe):
     return (f"{recipe.name}: {len(wrong)} of {of} scenes could not be cut:\n{lines}\nThe others are done and kept. Get these files again (or name "
             "the scenes in skip=, which begins anew in another --to) and give the same command")
 
-# %% ../nbs/04_archives.ipynb #ebb292ce
+# %% ../nbs/04_archives.ipynb #8c45c550
 def _write_manifest(recipe, chosen, plan, done, folder):
     task, domains = find_benchmark(recipe.task), {}
     for where in task.domains:
@@ -521,7 +535,7 @@ def _write_manifest(recipe, chosen, plan, done, folder):
         domains[where.name] = dict(
             scenes=len(receipts), tiles=len(rows), index=_put(folder / where.name / "index.csv", text.encode()),
             off_palette=sum(r["off_palette"] for r in receipts),
-            labels={str(v): labels[v] for v in sorted(labels, key=int)})
+            labels={v: labels[v] for v in sorted(labels, key=int)})
     said = dict(package=__version__, task=task.name, plan=plan, domains=domains, statistics=_statistics(task, done))
     if (other := recipe.label_map(chosen)) is not None: said["label_map"] = {str(k): v for k, v in other.items()}
     _put(folder / "manifest.json", (json.dumps(said, indent=1) + "\n").encode())

@@ -7,11 +7,12 @@ __all__ = ['TileFile', 'list_files', 'sensor_of_file', 'Raster', 'read_image', '
            'as_picture', 'SegmentationTiles', 'collate', 'Windows', 'Crops', 'StepBatches', 'first_batch_report',
            'split_by_name', 'take_first', 'Check', 'DomainDataModule']
 
-# %% ../nbs/03_datasets.ipynb #fed90514
+# %% ../nbs/03_datasets.ipynb #c887df31
 import colorsys
 import copy
 import csv
 import hashlib
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +35,14 @@ from .benchmarks import IGNORE, Benchmark, Domain, plot_legend
 from .benchmarks import benchmark as find_benchmark
 from .mini import cache_folder, make_tiles
 
-# %% ../nbs/03_datasets.ipynb #f8a8e8e7
+# %% ../nbs/03_datasets.ipynb #9c3845a7
 class TileFile(NamedTuple):
     "One image on disk and what belongs to it."
     name: str  # file name without suffix
     image: Path  # the image
     mask: Path | None = None  # its mask; None: no labels
     bands: tuple[str, ...] | None = None  # names of its bands in file order, where a csv says so
+    scene: str = ""  # the larger image it was cut from, where a csv says so
 
 # %% ../nbs/03_datasets.ipynb #534d525d
 _SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt")
@@ -69,7 +71,7 @@ def _read_rows(names, where):
                                "are asked for: add them, or correct `where`")
     return rows
 
-# %% ../nbs/03_datasets.ipynb #615795d4
+# %% ../nbs/03_datasets.ipynb #d17d31df
 def list_files(
     images: str | Path,  # folder of images
     masks: str | Path | None = None,  # folder of masks with the same names; None: no labels
@@ -91,7 +93,7 @@ def list_files(
     for row in rows:
         image, bands = _find_file(images, row["image"]), row.get(bands_column)
         mask = _find_file(masks, row.get("mask") or image.stem) if masks is not None else None
-        files.append(TileFile(image.stem, image, mask, tuple(bands.split("|")) if bands else None))
+        files.append(TileFile(image.stem, image, mask, tuple(bands.split("|")) if bands else None, row.get("scene") or ""))
     return files
 
 # %% ../nbs/03_datasets.ipynb #26191e69
@@ -413,22 +415,29 @@ class _Items(Dataset):
         vars(other).update(changes)
         return other
 
-# %% ../nbs/03_datasets.ipynb #0ca637cf
+# %% ../nbs/03_datasets.ipynb #f5d4b856
 class _Views(_Items):
     def label_counts(self): # pandas DataFrame: value in the masks, class, pixels, share
         "Count every mask value; values that label_map does not list are refused."
-        import pandas as pd
         if None in (masks := [f.mask for f in self.files]):
             raise ValueError(f"{self.files[0].image.parent}: no masks were given, nothing to count")
         found = Counter()
         for mask in masks:
             values, counts = np.unique(read_mask(mask), return_counts=True)
             found.update(dict(zip(values.tolist(), counts.tolist())))
+        return self.label_table(found)
+
+    def label_table(self,
+        found: Mapping,  # mask value -> pixels
+    ):  # pandas DataFrame: value in the masks, class, pixels, share
+        "What mask values mean; values that label_map does not list are refused."
+        import pandas as pd
+        found = {int(v): n for v, n in found.items()}
         keys, classes = _codes(self.label_map)
         names = ["ignored" if k == IGNORE else self.classes[k] for k in classes]
         meaning = dict(zip(keys.tolist(), names))
         unknown = {v: n for v, n in found.items() if v not in meaning}
-        if unknown: raise _unlisted(f"{len(masks)} masks in {masks[0].parent}", unknown, keys)
+        if unknown: raise _unlisted(f"{len(self)} masks in {self.files[0].mask.parent}", unknown, keys)
         table = pd.DataFrame([(_shown(v), meaning[v], found[v]) for v in sorted(found)],
                              columns=["value", "class", "pixels"])
         return table.assign(share=(table.pixels / table.pixels.sum()).round(4))
@@ -687,18 +696,22 @@ def _first_pixels(tiles, n):
     return dict(image=torch.cat([item["image"].flatten(1) for item in items], 1)[None],
                 valid=torch.cat([item["valid"].flatten() for item in items])[None])
 
-# %% ../nbs/03_datasets.ipynb #b9152d86
+# %% ../nbs/03_datasets.ipynb #2f9c917d
 def split_by_name(
     names: Sequence[str],  # all different
     fraction: float = 0.2,  # part to hold out; at least one name
+    scenes: Sequence[str] | None = None,  # what each was cut from: a scene is held out as a whole; None: nothing was cut
 ) -> tuple[list[int], list[int]]:  # positions to train on, positions held out
-    "Split by a hash of the names."
+    "Split by a hash of the names, or of the scenes behind them."
     if len(set(names)) < max(2, len(names)) or not 0 < fraction < 1: raise ValueError(
         f"{len(names)} images with {len(set(names))} names and val_fraction={fraction}; expected "
         "two or more, all different, and a fraction between 0 and 1 of the source to validate on")
-    ranked = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
-    held = min(max(1, round(fraction * len(names))), len(names) - 1)
-    return sorted(ranked[held:]), sorted(ranked[:held])
+    groups = [s or n for s, n in zip(scenes or names, names)]
+    ranked = sorted(set(groups), key=lambda g: hashlib.sha256(g.encode()).digest())
+    if len(ranked) < 2: raise ValueError(f"{len(names)} images, all cut from {ranked[0]!r}; expected two scenes or more: "
+                                         "neighbours of what was trained on are no validation")
+    held = set(ranked[:min(max(1, round(fraction * len(ranked))), len(ranked) - 1)])
+    return [i for i, g in enumerate(groups) if g not in held], [i for i, g in enumerate(groups) if g in held]
 
 # %% ../nbs/03_datasets.ipynb #b8848002
 def take_first(
@@ -711,7 +724,7 @@ def take_first(
     ranked = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"train {names[i]}".encode()).digest())
     return sorted(ranked[:n])
 
-# %% ../nbs/03_datasets.ipynb #141ec83a
+# %% ../nbs/03_datasets.ipynb #cc751384
 def _find_data(task, root):
     "Folders of a task; what the package can make is made when it is absent."
     if task.world == "mini":
@@ -726,7 +739,16 @@ def _find_data(task, root):
             if not folder.exists(): raise
     return task.at(root)
 
-# %% ../nbs/03_datasets.ipynb #7b7913c2
+def _as_prepared(task):
+    "A real task with what `spectralmoe data prepare` noted beside its tiles: statistics, label map, checksums."
+    folder = Path(task.source.images).parent.parent
+    if task.world != "real" or not (folder / "manifest.json").is_file(): return task, None
+    said = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if task.name.removesuffix("_released") != said["task"]: return task, None
+    if "label_map" in said: task = replace(task, label_map={int(k): v for k, v in said["label_map"].items()})
+    return replace(task, statistics=task.statistics or said["statistics"]), said["domains"]
+
+# %% ../nbs/03_datasets.ipynb #289faa07
 class Check(NamedTuple):
     "What was found in the data before training."
     labels: dict  # domain -> table of value, class, pixels, share
@@ -740,7 +762,8 @@ class _Loaders(LightningDataModule):
             for tiles in domains.values():
                 if self.benchmark.world == "mini": mini.verify(tiles.files[0].image.parent.parent)
                 tiles.windows(self.crop)  # opens every header
-            labels = {k: t.label_counts() for k, t in domains.items() if t.files[0].mask}
+            counted = lambda k, t: t.label_table(self._noted[k]["labels"]) if self._noted else t.label_counts()
+            labels = {k: counted(k, t) for k, t in domains.items() if t.files[0].mask}
             self._check = Check(labels, first_batch_report(self.source_train))
         return self._check
 
@@ -771,7 +794,7 @@ class _Loaders(LightningDataModule):
     def _loader(self, data, **how):
         return DataLoader(data, collate_fn=collate, num_workers=self.num_workers, **how)
 
-# %% ../nbs/03_datasets.ipynb #23aea88c
+# %% ../nbs/03_datasets.ipynb #f0f31ea2
 class DomainDataModule(_Loaders):
     "Source batches to train and validate on; targets to evaluate on, which cannot reach training."
     def __init__(self,
@@ -790,7 +813,8 @@ class DomainDataModule(_Loaders):
         train_tiles: int | None = None,  # source images trained on; None: the benchmark's, else all
     ):
         super().__init__()
-        task = self.benchmark = _find_data(find_benchmark(benchmark), root)
+        task, self._noted = _as_prepared(_find_data(find_benchmark(benchmark), root))
+        self.benchmark = task
         self.batch_size, self.micro_batch = batch_size or task.batch_size, micro_batch
         self.crop, self.steps, self.seed = crop or task.crop, steps, seed
         self.augment, self.num_workers = augment, num_workers
@@ -799,22 +823,24 @@ class DomainDataModule(_Loaders):
         self.source = read(task.source)
         self._targets = {d.name: read(d, role="target") for d in task.targets}
         _refuse_shared(self.source, self._targets)
-        train, val = split_by_name([f.name for f in self.source.files], val_fraction)
+        train, val = split_by_name([f.name for f in self.source.files], val_fraction, [f.scene for f in self.source.files])
         if train_tiles is not None: self.benchmark = replace(task, train_tiles=train_tiles)
         first = take_first([self.source.files[i].name for i in train], self.benchmark.train_tiles)
         self._train, self._val = self.source.subset([train[i] for i in first]), self.source.subset(val)
 
     @cached_property
     def statistics(self) -> Statistics: # in physical units
-        "Those given, else fitted on the training images."
-        return self._given or Statistics.fit(self._train)
+        "Those given, else the benchmark's, else fitted on the training images."
+        said = self.benchmark.statistics
+        return self._given or (Statistics.from_dict(said) if said else Statistics.fit(self._train))
 
     source_train = cached_property(lambda self: self._train.standardised(self.statistics))
     source_val = cached_property(lambda self: self._val.standardised(self.statistics))
     targets = cached_property(lambda self: {
         name: tiles.standardised(self.statistics) for name, tiles in self._targets.items()})
-    fingerprints = cached_property(lambda self: { # of the files; of the recipe where tiles are simulated
-        name: mini.fingerprint(self.benchmark, name) if self.benchmark.world == "mini" else tiles.fingerprint()
+    fingerprints = cached_property(lambda self: { # of the files; of their recipe or index where there is one
+        name: mini.fingerprint(self.benchmark, name) if self.benchmark.world == "mini" else
+        f"index {self._noted[name]['index']}" if self._noted else tiles.fingerprint()
         for name, tiles in {self.benchmark.source.name: self.source, **self._targets}.items()})
 
 # %% ../nbs/03_datasets.ipynb #281b906a

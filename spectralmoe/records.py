@@ -229,7 +229,7 @@ def finished(
     found = read_record(path) if path.exists() else None
     return found if found and found.status == "done" else None
 
-# %% ../nbs/25_records.ipynb #ad3344eb
+# %% ../nbs/25_records.ipynb #51d36aaf
 @dataclass(frozen=True)
 class Cell:
     "One number of a table and where it comes from."
@@ -257,7 +257,9 @@ class Cell:
         "Mean and interval over seeds."
         from spectralmoe.evaluation import interval
         if not values: return cls()
-        with warnings.catch_warnings(action="ignore"): found = interval(list(values.values()))
+        with warnings.catch_warnings(): # one seed has no interval
+            warnings.simplefilter("ignore")
+            found = interval(list(values.values()))
         return cls(*map(float, found), len(values), "done", tuple(dict.fromkeys(files)))
 
 # %% ../nbs/25_records.ipynb #086e901f

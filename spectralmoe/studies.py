@@ -28,14 +28,16 @@ def colour(
     "The colour of a method; further methods share one more."
     return COLOURS.get(method, "#56B4E9")
 
-# %% ../nbs/32_studies.ipynb #869d496d
+# %% ../nbs/32_studies.ipynb #e78dc85a
 def mean_over(
     scores: Mapping[int, float],  # seed -> number
 ) -> Interval:  # NaN, NaN without a seed
     "Mean and half width of the 95 % interval over seeds."
     import warnings
     if not scores: return Interval(math.nan, math.nan)
-    with warnings.catch_warnings(action="ignore"): return interval(list(scores.values()))
+    with warnings.catch_warnings():  # one seed has no interval
+        warnings.simplefilter("ignore")
+        return interval(list(scores.values()))
 
 def paired(
     a: Mapping[int, float],  # seed -> score
