@@ -35,14 +35,14 @@ from .benchmarks import IGNORE, Benchmark, Domain, plot_legend
 from .benchmarks import benchmark as find_benchmark
 from .mini import cache_folder, make_tiles
 
-# %% ../nbs/03_datasets.ipynb #9c3845a7
+# %% ../nbs/03_datasets.ipynb #ffd69607
 class TileFile(NamedTuple):
     "One image on disk and what belongs to it."
     name: str  # file name without suffix
     image: Path  # the image
     mask: Path | None = None  # its mask; None: no labels
     bands: tuple[str, ...] | None = None  # names of its bands in file order, where a csv says so
-    scene: str = ""  # the larger image it was cut from, where a csv says so
+    scene: str = ""  # the larger image, or group of images, that it is part of, where a csv says so
 
 # %% ../nbs/03_datasets.ipynb #534d525d
 _SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt")
@@ -71,7 +71,7 @@ def _read_rows(names, where):
                                "are asked for: add them, or correct `where`")
     return rows
 
-# %% ../nbs/03_datasets.ipynb #d17d31df
+# %% ../nbs/03_datasets.ipynb #97ef6dee
 def list_files(
     images: str | Path,  # folder of images
     masks: str | Path | None = None,  # folder of masks with the same names; None: no labels
@@ -93,7 +93,7 @@ def list_files(
     for row in rows:
         image, bands = _find_file(images, row["image"]), row.get(bands_column)
         mask = _find_file(masks, row.get("mask") or image.stem) if masks is not None else None
-        files.append(TileFile(image.stem, image, mask, tuple(bands.split("|")) if bands else None, row.get("scene") or ""))
+        files.append(TileFile(image.stem, image, mask, tuple(bands.split("|")) if bands else None, row.get("group") or row.get("scene") or ""))
     return files
 
 # %% ../nbs/03_datasets.ipynb #26191e69

@@ -39,7 +39,7 @@ def toy():
                      (place("autumn"),), ("nir", "red"), rgb=("nir", "red", "nir"))
     def scenes(members, chosen):
         pick = lambda kind: find_members(members, rf"toy/{kind}/((spring|autumn)_\d+)\.tif")
-        return [Scene(season, k, i, m, LAYOUT) for (k, season), i, m in pair_up(pick("image"), pick("label"), "toy")]
+        return [Scene(season, k, i, m, LAYOUT) for (k, season), i, m in pair_up(pick("image"), pick("label"), "toy", chosen["skip"])]
     return Recipe("toy", task, "", "", "", {}, "toy/{image,label}/*.tif", scenes)
 
 
@@ -207,6 +207,38 @@ def test_off_palette_pixels_are_ignored_and_counted_but_not_a_photograph(tmp_pat
     noise = np.random.default_rng(0).integers(0, 255, rgb.shape, dtype="uint8")
     with pytest.raises(ValueError, match="is this a mask"):
         cut_scene(Scene("spring", "x", None, None, colours), a, write(tmp_path / "c.tif", noise), tmp_path)
+
+
+def test_an_image_without_a_mask_can_be_left_out(tmp_path):
+    source = fill(tmp_path / "in")
+    (source / "toy/label/spring_2.tif").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 6 images have no mask .spring_2"): prepare_with(toy(), source, tmp_path / "out")
+    prepare_with(toy(), source, tmp_path / "out", {"skip": "spring_2"})
+
+
+def test_masks_of_a_wider_type_are_read_by_value(tmp_path):
+    source = fill(tmp_path / "in")
+    write(source / "toy/label/spring_1.tif", land(1)[1].astype("int16"))
+    folder = prepare_with(toy(), source, tmp_path / "out").parent
+    with rasterio.open(folder / "spring/masks/spring_1.tif") as mask: assert mask.dtypes == ("uint8",) and (mask.read(1) == land(1)[1][0]).all()
+    write(source / "toy/label/spring_1.tif", land(1)[1].astype("int16") + 256)
+    with pytest.raises(archives.PrepareFailed, match=r"not in the table .*\(256, "): prepare_with(toy(), source, tmp_path / "other")
+
+
+def test_another_merge_is_another_data_set(tmp_path):
+    from dataclasses import replace
+    source = fill(tmp_path / "in")
+    merged = lambda to: replace(toy(), label_map=lambda chosen: {0: IGNORE, 1: to, 2: 1 - to})
+    said = read_manifest(prepare_with(merged(0), source, tmp_path / "out").parent)
+    assert said["label_map"] == {"0": IGNORE, "1": 0, "2": 1}
+    with pytest.raises(ValueError, match="prepared or begun otherwise"): prepare_with(merged(1), source, tmp_path / "out")
+
+
+def test_when_everything_is_wrong_not_everything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "GIVE_UP", 3)
+    source = fill(tmp_path / "in", n=8)
+    for path in (source / "toy/label").iterdir(): write(path, land(0)[1] + 9)
+    with pytest.raises(archives.PrepareFailed, match="[34] of 16 scenes"): prepare_with(toy(), source, tmp_path / "out", workers=1)
 
 
 def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
