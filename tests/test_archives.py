@@ -216,6 +216,20 @@ def test_an_image_without_a_mask_can_be_left_out(tmp_path):
     prepare_with(toy(), source, tmp_path / "out", {"skip": "spring_2"})
 
 
+def test_a_name_to_skip_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="skip=.'spring_7'. are not there"):
+        prepare_with(toy(), fill(tmp_path / "in"), tmp_path / "out", {"skip": "spring_7"})
+
+
+def test_side_files_change_nothing_and_what_was_prepared_is_no_input(tmp_path):
+    source = fill(tmp_path / "in")
+    first = prepare_with(toy(), source, source)  # into the folder of the archives
+    said = first.read_bytes()
+    for path in source.glob("toy/image/*.tif"): path.with_suffix(".tfw").write_text("2\n0\n0\n-2\n100\n500\n")
+    assert not [m for m in list_members(source) if "masks" in m.name]
+    assert prepare_with(toy(), source, tmp_path / "out").read_bytes() == said
+
+
 def test_masks_of_a_wider_type_are_read_by_value(tmp_path):
     source = fill(tmp_path / "in")
     write(source / "toy/label/spring_1.tif", land(1)[1].astype("int16"))
