@@ -40,14 +40,14 @@ def _one_each(what, found):
         of[key] = member
     return of
 
-# %% ../nbs/03_rgb.ipynb #5127d69a
-def _scenes(what, domain, layout, images, masks, skip):
+# %% ../nbs/03_rgb.ipynb #cb6423f4
+def _scenes(what, domain, layout, images, masks, skip, group=lambda key: ""):
     "Scenes of one domain; a lone image or mask is refused."
     images, masks = ({k: m for k, m in of.items() if k not in skip} for of in (images, masks))
     if lone := sorted(set(masks) - set(images)): raise FileNotFoundError(
         f"{what}: {len(lone)} of {len(masks)} masks have no image "
         f"({', '.join(lone[:5])}{', ...' if lone[5:] else ''}); get the image archive as well, or name them in skip=")
-    return [Scene(domain, key, image, mask, layout) for key, image, mask in pair_up(images, masks, what)]
+    return [Scene(domain, key, image, mask, layout, group(key)) for key, image, mask in pair_up(images, masks, what)]
 
 def _several(chosen, option, allowed):
     "The entries of a list option, once each."
@@ -228,7 +228,7 @@ def _oem_files(members):
     return (_one_each(f"OpenEarthMap {kind}", [(m.path.stem, m) for m, f in found if f[2] == kind])
             for kind in ("images", "labels"))
 
-# %% ../nbs/03_rgb.ipynb #39f771de
+# %% ../nbs/03_rgb.ipynb #81783e66
 def _region(name): return name.rpartition("_")[0]
 
 def _oem_pairs(members):
@@ -259,7 +259,7 @@ def _oem_scenes(members, chosen):
     images, labels = _oem_pairs(members)
     side = _continents(chosen, {_region(k) for k in (*images, *labels)})
     within = lambda of, domain: {k: m for k, m in of.items() if side[_region(k)] == domain}
-    cut = lambda domain: _scenes("OpenEarthMap", domain, _OEM, within(images, domain), within(labels, domain), chosen["skip"])
+    cut = lambda domain: _scenes("OpenEarthMap", domain, _OEM, within(images, domain), within(labels, domain), chosen["skip"], _region)
     return cut("source_continents") + cut("target_continents")
 
 # %% ../nbs/03_rgb.ipynb #4595b0f0

@@ -25,3 +25,7 @@ def wildfire():
 def released_parity():
     "Folder with numbers measured on the released code."
     return development_data("released_parity")
+
+
+def pytest_configure(config):  # rasterio's own calls of affine
+    config.addinivalue_line("filterwarnings", "ignore::PendingDeprecationWarning:rasterio")

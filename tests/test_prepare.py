@@ -16,8 +16,6 @@ from spectralmoe.reproduce import reproduce
 
 OPTIONS = {"fbp_cross_region": lambda archives: {"targets": sorted(archives.rglob("*_24label.png"))[0].stem.removesuffix("_24label")}}
 
-pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
-
 
 @pytest.fixture(scope="module", params=list(pp.RECIPES))
 def ready(request, tmp_path_factory):
