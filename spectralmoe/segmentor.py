@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['METHODS', 'FORMAT', 'Method', 'seeded', 'SegmentorModel', 'TrainableSegmentor', 'SavedSegmentor', 'Segmentor']
 
-# %% ../nbs/16_segmentor.ipynb #0d7f1843
+# %% ../nbs/16_segmentor.ipynb #c27d9370
 import copy
 import json
 import math
 import os
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import SpectralMoE, SpectralMoEConfig
-from .backbones import Backbone, check_grids, load_dfm, load_vfm
+from .backbones import BACKBONES, Backbone, check_grids, check_input, load_dfm, load_vfm
 from .benchmarks import IGNORE, Benchmark, benchmark as find_benchmark
 from .head import Mask2FormerHead, PixelShuffleHead, RawConvHead, feature_pyramid
 
@@ -195,7 +196,7 @@ def _parameter_groups(model, weight_decay):
     groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     return [g for g in groups if g["params"]]
 
-# %% ../nbs/16_segmentor.ipynb #42eb8ecc
+# %% ../nbs/16_segmentor.ipynb #04b0d307
 class SavedSegmentor(TrainableSegmentor):
     "What was trained, in memory and on disk."
     def trained_state_dict(self) -> dict[str, Tensor]:  # by parameter name, detached
@@ -224,6 +225,18 @@ class SavedSegmentor(TrainableSegmentor):
         _write(folder / "config.json", json.dumps(_config_of(self), indent=1).encode())
         return folder
 
+    def push_to_hub(self,
+        repo_id: str,  # name/repository, made if absent
+        card: str,  # README.md of the repository, from `model_card`
+        private: bool = False,  # of a new repository
+        message: str = "Upload what was trained",  # of the commit
+    ) -> str:  # address of the commit
+        "Put what was trained on the Hugging Face hub, logged in by `hf auth login` or HF_TOKEN."
+        with tempfile.TemporaryDirectory() as folder:
+            config = _portable(self.save_pretrained(folder) / "config.json")
+            _write(config.with_name("README.md"), card.encode())
+            return _upload(folder, repo_id, private, message)
+
     def summary(self):  # pandas table: parameters and trained parameters of each part
         "What is trained and what is frozen."
         import pandas as pd
@@ -234,7 +247,7 @@ class SavedSegmentor(TrainableSegmentor):
         table.loc["total"] = table.sum()
         return table
 
-# %% ../nbs/16_segmentor.ipynb #676e01db
+# %% ../nbs/16_segmentor.ipynb #eb52ba56
 class Segmentor(SavedSegmentor):
     "Frozen foundation models, what refines them, and a head."
     @classmethod
@@ -253,6 +266,7 @@ class Segmentor(SavedSegmentor):
         b, m = find_benchmark(benchmark), _method(method, overrides)
         if m.random: vfm = _without_weights(vfm, m.name, seed)
         vfm = _loaded(vfm, load_vfm, m.tuned, in_bands=b.input_sensor) if m.backbone else None
+        if vfm: check_input(vfm, b.input_sensor)
         settings = dict(head=head if m.backbone else "raw_conv", head_sizes=head_sizes or {}, seed=seed)
         config = _config(m, vfm, settings, overrides)
         dfm = _loaded(dfm, load_dfm) if config and config.needs_depth else None
@@ -265,9 +279,10 @@ class Segmentor(SavedSegmentor):
         source: str | Path,  # folder written by `save_pretrained`, or a hub id
         vfm: Backbone | None = None,  # the same weights from elsewhere; None: as config.json says
         dfm: Backbone | None = None,  # the same for the depth model
+        revision: str | None = None,  # branch, tag or commit, for a hub id; None: the newest
     ) -> "Segmentor":
         "The model again, on the backbones it was trained on and no others."
-        folder = _folder(source)
+        folder = _folder(source, revision)
         c = _read_config(folder)
         vfm = _same(c["vfm"], vfm, load_vfm, METHODS[c["method"]].tuned)
         dfm = _same(c["dfm"], dfm, load_dfm)
@@ -365,11 +380,19 @@ def _same(saved, given, load, tuned=False):
                          f"{saved['sha256'][:12]}... ({saved['source']}); give exactly those weights")
     return model
 
-# %% ../nbs/16_segmentor.ipynb #3d47bd8d
+# %% ../nbs/16_segmentor.ipynb #df7cbc34
 def _write(path, data):
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     os.replace(part, path)
+
+def _portable(config):
+    "Take paths of this machine out of a config.json: the hub id takes their place, and the hash still decides."
+    c = json.loads(config.read_text(encoding="utf-8"))
+    for source in (m["source"] for m in (c["vfm"], c["dfm"]) if m):
+        if source["weights"] and Path(source["weights"]).exists(): source["weights"] = BACKBONES[source["name"]].hub_id or None
+    _write(config, json.dumps(c, indent=1).encode())
+    return config
 
 def _read_weights(path):
     from safetensors import SafetensorError
@@ -378,10 +401,35 @@ def _read_weights(path):
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} cannot be read ({e}): it is damaged or missing; copy the folder again") from e
 
-def _folder(source):
+def _folder(source, revision):
     if Path(source).is_dir(): return Path(source)
-    from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as e:
-        raise FileNotFoundError(f"{source} is no folder here, and the hub did not give it ({type(e).__name__}: {e}); give a "
-                                "folder written by save_pretrained, or a hub id that you have access to") from e
+    from huggingface_hub import errors as hub, snapshot_download
+    try: return Path(snapshot_download(str(source), revision=revision, allow_patterns=["config.json", "model.safetensors"]))
+    except (hub.HfHubHTTPError, hub.HFValidationError, hub.LocalEntryNotFoundError, OSError) as e:
+        raise _not_on_hub(source, revision, e, hub) from e
+
+def _upload(folder, repo_id, private, message):
+    from huggingface_hub import HfApi, errors as hub
+    try:
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url
+    except (hub.HfHubHTTPError, hub.HFValidationError, hub.LocalTokenNotFoundError, hub.OfflineModeIsEnabled, OSError) as e:
+        raise RuntimeError(f"{repo_id}: nothing was uploaded ({type(e).__name__}). Log in with `hf auth login` as someone who may "
+                           "write there, or set HF_TOKEN; check the name and the network (HF_HUB_OFFLINE); or upload the folder "
+                           "of save_pretrained later") from e
+
+def _not_on_hub(source, revision, error, hub):
+    "The exception to raise when the hub did not give `source`."
+    from huggingface_hub import constants
+    here, at = f"{source} is no folder here", f" at {revision}" if revision else ""
+    if isinstance(error, hub.HFValidationError): return FileNotFoundError(
+        f"{here}, and no hub id either: give a folder written by save_pretrained, or name/repository")
+    if isinstance(error, hub.GatedRepoError): return PermissionError(
+        f"{source} is gated: accept its terms on https://huggingface.co/{source}, then `hf auth login` or set HF_TOKEN")
+    if isinstance(error, hub.RevisionNotFoundError): return FileNotFoundError(
+        f"{here}, and on the hub it has no revision {revision}: leave `revision` out, or look at its history")
+    if isinstance(error, hub.RepositoryNotFoundError): return FileNotFoundError(
+        f"{here}, and the hub has none of this name that you may see: check the name, or log in with `hf auth login`")
+    return FileNotFoundError(
+        f"{here}{at}, not in the hub's cache ({constants.HF_HUB_CACHE}), and the hub was not reached (offline, or "
+        f"HF_HUB_OFFLINE is set): with a network run `hf download {source}` once, or give a copy of the folder")

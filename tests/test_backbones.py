@@ -12,8 +12,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from spectralmoe.backbones import (
-    BACKBONES, CachedTokens, check_grids, inflation, list_backbones, load_dfm, load_vfm, resize_patch, shipped_weights)
+    BACKBONES, CachedTokens, check_grids, check_input, crop_back, inflation, list_backbones, load_dfm, load_vfm, resize_patch, shipped_weights)
 from spectralmoe.bands import SENSORS
+from spectralmoe.spectral import SPECTRAL_BACKBONES
 
 SIZE = dict(dim=32, n_layers=4, n_heads=2)
 DINO = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2)
@@ -106,8 +107,8 @@ def test_wrong_folders_say_what_is_wrong(tmp_path):
         load_vfm("dinov3-vits16", tmp_path)
     with pytest.raises(ValueError, match="dinov2-small is a dinov2 model and .* holds a dinov3_vit"):
         load_vfm("dinov2-small", tmp_path, **SIZE)
-    with pytest.raises(ValueError, match="is a file"):
-        load_vfm("dinov3-vits16", tmp_path / "model.safetensors", **SIZE)
+    with pytest.raises(ValueError, match="no weights, it begins with"):
+        load_vfm("dinov3-vits16", tmp_path / "config.json", **SIZE)
     (tmp_path / "model.safetensors").write_bytes(b"<!DOCTYPE html><html></html>")
     with pytest.raises(ValueError, match="model.safetensors begins with b'<!DOCTYPE html>"):
         load_vfm("dinov3-vits16", tmp_path, **SIZE)
@@ -337,9 +338,14 @@ def test_published_parameter_counts_on_the_meta_device():
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_takes_random_weights_by_name(name):
     load = load_dfm if BACKBONES[name].kind == "dfm" else load_vfm
-    a = load(name, "random", seed=2, **SIZE)
-    assert "random weights" in repr(a) and load(**json.loads(json.dumps(a.source))).fingerprint() == a.fingerprint()
-    if not BACKBONES[name].shipped: assert load(name, seed=2, **SIZE).fingerprint() == a.fingerprint()
+    bands = dict(in_bands=SENSORS["gf2"]) if name in SPECTRAL_BACKBONES else {}
+    try: a = load(name, "random", seed=2, **bands, **SIZE)
+    except ImportError as missing: pytest.skip(str(missing))
+    assert "random weights" in repr(a) and a.report is None
+    assert load(**json.loads(json.dumps(a.source))).fingerprint() == a.fingerprint()
+    if not BACKBONES[name].shipped: assert load(name, seed=2, **bands, **SIZE).fingerprint() == a.fingerprint()
+    if bands:
+        with pytest.raises(TypeError, match="expected a Sensor"): load_vfm(name, "random", in_bands=4, **SIZE)
 
 
 @pytest.mark.parametrize("bands", [4, 32, "gf2", "ohs", "aerial_irrg"])
@@ -369,3 +375,200 @@ def test_half_precision_files_are_held_in_single_precision(tmp_path):
     saved("dinov3-vits16", tmp_path).half().save_pretrained(tmp_path)
     model = load_vfm("dinov3-vits16", tmp_path, **SIZE).model
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+RGB = {"dinov3-vits16": {}, "dinov2-small": dict(image_size=56), "dinov2-with-registers-small": dict(image_size=56),
+       "clip-vitl14": dict(image_size=56), "sam-vitb": dict(image_size=64), "eva02-vitl14": dict(image_size=56)}
+DEPTHS = ["depth-anything-v2-small", "prompt-depth-anything-vitl", "depth-anything-3-mono-large"]
+
+
+def whole_library_model(name, folder):
+    "A tiny model of transformers as its hub repository holds it, heads and all; returns its encoder."
+    torch.manual_seed(0)
+    if name.startswith("clip"):
+        vision = dict(**DINO, intermediate_size=128, patch_size=14, image_size=56)
+        model = hf.CLIPModel(hf.CLIPConfig(vision_config=vision, text_config=dict(**DINO, intermediate_size=64)))
+    else:
+        vision = dict(**DINO, mlp_dim=128, patch_size=16, image_size=64, global_attn_indexes=[0, 1, 2, 3])
+        model = hf.SamModel(hf.SamConfig(vision_config=vision))
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
+    model.eval().save_pretrained(folder)
+    return model.vision_model if name.startswith("clip") else model.vision_encoder
+
+
+@pytest.mark.parametrize("name", ["clip-vitl14", "sam-vitb"])
+def test_whole_models_of_transformers_give_their_encoder(name, tmp_path):
+    encoder = whole_library_model(name, tmp_path)
+    images = torch.randn(2, 3, *([56, 56] if name.startswith("clip") else [64, 64]))
+    seen = []
+    blocks = encoder.encoder.layers if name.startswith("clip") else encoder.layers
+    hooks = [b.register_forward_hook(lambda block, args, out: seen.append(out.flatten(1, -2))) for b in blocks]
+    with torch.no_grad(): encoder(images)
+    for hook in hooks: hook.remove()
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        backbone = load_vfm(name, place, **SIZE)
+        for mine, theirs in zip(backbone.tokens(images), seen, strict=True):
+            torch.testing.assert_close(mine.detach(), theirs[:, backbone.n_prefix_tokens:], rtol=0, atol=1e-5)
+        assert backbone.report.format == "transformers" and backbone.report.set_aside and not backbone.report.missing
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_file_alone_is_the_folder(name, tmp_path):
+    saved(name, tmp_path)
+    load = load_dfm if "depth" in name else load_vfm
+    folder, file = (load(name, place, patch_size=None, **SIZE) for place in (tmp_path, tmp_path / "model.safetensors"))
+    assert folder.fingerprint() == file.fingerprint() and file.report.format == "transformers"
+
+
+@pytest.mark.parametrize("name", RGB)
+@pytest.mark.parametrize("inflate", ["rgb_kept", "cyclic", "cyclic_scaled", "by_wavelength"])
+def test_four_and_thirty_two_bands_for_every_rgb_model(name, inflate):
+    for sensor in (SENSORS["gf2"], SENSORS["ohs"]):
+        model = load_vfm(name, in_bands=sensor, inflate=inflate, patch_size=8, **SIZE, **dict(RGB[name], **({"image_size": 64} if RGB[name] else {})))
+        images = torch.randn(1, len(sensor), 16, 24)
+        assert model.tokens(images)[-1].shape == (1, 6, 32) and model.in_bands == len(sensor)
+        if inflate == "rgb_kept":
+            rgb = load_vfm(name, patch_size=8, **SIZE, **dict(RGB[name], **({"image_size": 64} if RGB[name] else {})))
+            torch.testing.assert_close(model.tokens(images)[-1], rgb.tokens(images[:, list(sensor.rgb_index)])[-1])
+        assert load_vfm(**json.loads(json.dumps(model.source))).fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize("name", [*RGB, *DEPTHS])
+def test_from_224_to_2048_pixels_and_rectangles(name):
+    load = load_dfm if name in DEPTHS else load_vfm
+    model = load(name, "random", dim=16, n_layers=1, n_heads=2, patch_size=16)
+    for size in ((224, 224), (512, 320), (1024, 16), (2048, 32), (2048, 2048) if name == "dinov3-vits16" else (768, 768)):
+        with torch.inference_mode(): tokens = model.tokens(torch.randn(1, 3, *size))[-1]
+        assert tokens.shape == (1, size[0] // 16 * (size[1] // 16), 16) and tokens.isfinite().all() and model.grid(*size) == (size[0] // 16, size[1] // 16)
+
+
+@pytest.mark.parametrize("name", RGB)
+def test_sides_that_are_no_multiple_are_filled_up_on_request(name):
+    size = dict(patch_size=8, **SIZE)
+    model, padded = load_vfm(name, **size), load_vfm(name, pad="zeros", **size)
+    images = torch.randn(2, 3, 13, 30)
+    with pytest.raises(ValueError, match="pad it to 16 x 32, crop it"): model.tokens(images)
+    assert padded.grid(13, 30) == (2, 4)
+    torch.testing.assert_close(padded.tokens(images)[-1], model.tokens(F.pad(images, (0, 2, 0, 3)))[-1])
+    maps = padded.tokens(images)[-1].transpose(1, 2).unflatten(2, (2, 4))
+    assert crop_back(padded, maps, 13, 30).shape == (2, 32, 13, 30)
+    ramp = torch.arange(4.).expand(1, 1, 2, 4)
+    torch.testing.assert_close(crop_back(padded, ramp, 13, 30)[0, 0, 0, 4:28], (torch.arange(4, 28) + 0.5) / 8 - 0.5)
+    assert load_vfm(**json.loads(json.dumps(padded.source))).pad == "zeros"
+
+
+def test_a_padded_depth_model_is_cached(tmp_path):
+    dfm = load_dfm("depth-anything-v2-small", pad="replicate", patch_size=8, image_size=16, **SIZE)
+    cached, images = CachedTokens(dfm, tmp_path), torch.randn(1, 3, 13, 20)
+    for _ in range(2): assert torch.equal(torch.stack(cached.tokens(images)), torch.stack(dfm.tokens(images)))
+
+
+def edited(tmp_path, change):
+    saved("dinov3-vits16", tmp_path)
+    file = tmp_path / "model.safetensors"
+    change(file)
+    return file
+
+
+
+def cut_off(file): file.write_bytes(file.read_bytes()[:-9])
+def renamed(file): save_file({f"net.{k}": v for k, v in load_file(file).items()}, file)
+def web_page(file): file.write_bytes(b"<html>Sign in</html>")
+def pointer(file): file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+def evil(file): torch.save({"norm.weight": Evil(file.parent / "ran")}, file)
+
+
+@pytest.mark.parametrize("change, cause", [
+    (cut_off, "truncated or damaged.*download it again"), (renamed, "missing .*unexpected .net\\..*Its keys are those of no model"),
+    (web_page, "web page.*accept the licence"), (pointer, "git lfs pull"), (evil, "which were not run")])
+def test_files_that_are_not_the_weights(tmp_path, change, cause):
+    with pytest.raises(ValueError, match=cause): load_vfm("dinov3-vits16", edited(tmp_path, change), **SIZE)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_of_another_model_or_size(tmp_path):
+    file = edited(tmp_path, lambda file: None)
+    for other in ("dinov2-small", "clip-vitl14", "sam-vitb", "eva02-vitl14"):
+        with pytest.raises(ValueError, match="those of a dinov3_vit file .dinov3-vits16"): load_vfm(other, file, **SIZE)
+    with pytest.raises(ValueError, match="The file has dim 32 and 4 blocks, expected 384 and 12: give the file of dinov3-vits16, or pass"):
+        load_vfm("dinov3-vits16", file)
+    with pytest.raises(ValueError, match="expected 32 and 3"): load_vfm("dinov3-vits16", file, **SIZE | dict(n_layers=3))
+
+
+def test_the_hub_serves_timm_and_authors_files(tmp_path, monkeypatch):
+    import huggingface_hub
+    file, asked = edited(tmp_path, lambda file: None), []
+    def download(repo, name): return asked.append((repo, name)) or str(file)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for weights in ("timm/vit_small_patch16_dinov3.lvd1689m", "hf-hub:timm/x", "someone/repo/sub/their.pth"):
+        assert load_vfm("dinov3-vits16", weights, **SIZE).report.source == weights
+    assert asked == [("timm/vit_small_patch16_dinov3.lvd1689m", "model.safetensors"), ("timm/x", "model.safetensors"), ("someone/repo", "sub/their.pth")]
+    def gone(repo, name): raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", gone)
+    with pytest.raises(FileNotFoundError, match="cannot be reached"): load_vfm("eva02-vitl14", "timm/eva02_large_patch14_224.mim_m38m", **SIZE)
+
+
+def test_what_the_weights_expect_is_compared_by_name():
+    gf2 = SENSORS["gf2"]
+    vfm = load_vfm("dinov3-vits16", in_bands=gf2, patch_size=8, **SIZE)
+    check_input(vfm, gf2)
+    check_input(vfm, gf2, mean=(0.406, 0.456, 0.485, 0.4), std=(0.225, 0.224, 0.229, 0.2))
+    swapped = gf2.select(["red", "green", "blue", "nir"])
+    with pytest.raises(ValueError, match=r"was loaded for \[B1 .*the images have \[B3 .*Sensor.select"): check_input(vfm, swapped)
+    with pytest.raises(ValueError, match=r"mean is \[0.406, 0.456, 0.485\] and the weights' \[0.485, 0.456, 0.406\]"):
+        check_input(vfm, gf2, mean=(0.485, 0.456, 0.406, 0.4))
+    with pytest.raises(ValueError, match="std is"): check_input(vfm, gf2, std=(0.225, 0.224, 0.229, 0.2), white=255)
+    sat = load_vfm("dinov3-vitl16-sat", **SIZE)
+    with pytest.raises(ValueError, match=r"the weights' \[0.43, 0.411, 0.296\]"): check_input(sat, gf2.select(["red", "green", "blue"]), mean=(0.485, 0.456, 0.406))
+
+
+def test_a_backbone_survives_copy_and_pickle():
+    import copy
+    for name in RGB:
+        model = load_vfm(name, patch_size=8, **SIZE)
+        images = torch.randn(1, 3, 16, 16)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin.tokens(images)[-1], model.tokens(images)[-1]) and twin.frozen
+
+
+@pytest.mark.parametrize("name", ["clip-vitl14", "sam-vitb", "eva02-vitl14"])
+def test_the_other_families_refine_checkpoint_and_run_in_bf16(name):
+    model = load_vfm(name, in_bands=4, extra_share=0.2, patch_size=8, image_size=64, **SIZE)
+    images, refine, grads = torch.randn(2, 4, 16, 24), torch.nn.Linear(32, 32), []
+    plain = model.tokens(images)
+    halved = model.tokens(images, lambda t, layer: t / 2 if layer == 1 else t)
+    assert torch.equal(plain[0], halved[0]) and torch.equal(halved[1], plain[1] / 2) and not torch.allclose(halved[2], plain[2])
+    for checkpointing in (False, True):
+        refine.zero_grad()
+        torch.stack(model.tokens(images, lambda t, layer: t + refine(t), checkpointing)).square().sum().backward()
+        grads.append([p.grad.clone() for p in refine.parameters()])
+    for a, b in zip(*grads): torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16): half = model.tokens(images)
+    torch.testing.assert_close(plain[-1], half[-1].float(), rtol=0.1, atol=0.1)
+    before = model.fingerprint()
+    model.unfreeze().train()
+    model.tokens(images)[-1].square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad) and model.fingerprint() == before
+
+
+@pytest.mark.parametrize("vfm, dfm", list(zip(RGB, [*DEPTHS, *DEPTHS])))
+def test_a_segmentor_on_every_family_trains_saves_and_loads(vfm, dfm, tmp_path):
+    from spectralmoe.segmentor import Segmentor
+    size = dict(dim=32, n_layers=4, n_heads=2, patch_size=8, image_size=64)
+    head = dict(hidden=32, n_queries=8, encoder_layers=1, decoder_layers=1, encoder_width=32, decoder_width=32, n_heads=2)
+    model = Segmentor.build("fbp_cross_sensor", dict(name=vfm, **size), dict(name=dfm, **size), "spectralmoe", head_sizes=head,
+                            n_experts=2, rank=2, n_tokens=8, query_dim=32)
+    bands = len(model.task["bands"])
+    images, labels = torch.randn(2, bands, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    frozen = model.vfm.fingerprint(), model.dfm.fingerprint()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    for _ in range(2):
+        optimiser.zero_grad()
+        sum(model.loss(images, labels).values()).backward()
+        optimiser.step()
+    assert (model.vfm.fingerprint(), model.dfm.fingerprint()) == frozen
+    model.eval().save_pretrained(tmp_path)
+    again = Segmentor.from_pretrained(tmp_path).eval()
+    with torch.no_grad(): assert torch.equal(again(images), model(images))
+    assert torch.equal(again.predict(images), model.predict(images))

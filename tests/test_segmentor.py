@@ -121,7 +121,7 @@ def test_damaged_folders_are_refused(tmp_path):
 def test_bands_are_named_before_anything_is_computed(batch):
     with pytest.raises(ValueError, match=r"\(B, 5, H, W\) with the bands red, green, blue, nir, swir22"):
         build()(batch[0][:, :4])
-    with pytest.raises(ValueError, match="takes 3 bands and made_tiles feeds 5"):
+    with pytest.raises(ValueError, match=r"loaded for .3 bands., the images have .B4 0.6646 um, B3"):
         build(vfm=load_vfm(**VFM))
 
 
