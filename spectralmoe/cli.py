@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'console', 'OPTIONAL', 'data_app', 'command', 'main', 'cached_weights', 'machine', 'folders', 'check',
            'experiments', 'parse_value', 'run', 'data_list', 'data_info', 'data_prepare', 'data_verify', 'data_preview',
-           'demo']
+           'convert', 'demo']
 
 # %% ../nbs/31_cli.ipynb #0ab25ee2
 import inspect, json, os, re, shutil, warnings
@@ -229,7 +229,28 @@ def data_preview(
     from spectralmoe import prepare
     with _told(): typer.echo(f"written: {prepare.preview(name, to, tiles)}")
 
-# %% ../nbs/31_cli.ipynb #323fba3f
+# %% ../nbs/31_cli.ipynb #af9ffced
+@command
+def convert(
+    file: Path,  # the authors' checkpoint, or a folder of `Segmentor.save_pretrained`
+    to: Path,  # a new folder; or a new file that ends with .pth or .safetensors
+    benchmark: str | None = None,  # with the checkpoint's classes, such as real_fbp_cross_sensor; not for the way back
+    vfm: str = "dinov3-vitl16",  # visual backbone, as NAME=WEIGHTS; not for the way back
+    dfm: str = "prompt-depth-anything-vitl",  # depth backbone, as NAME=WEIGHTS; not for the way back
+):
+    "The authors' released checkpoint to a folder of ours, and back."
+    from spectralmoe import checkpoints
+    from spectralmoe.benchmarks import benchmark as find_benchmark
+    def backbone(text):
+        name, _, weights = text.partition("=")
+        return dict(name=name, weights=weights) if weights else name
+    with _told():
+        task = benchmark and find_benchmark(benchmark)
+        if task and task.released: task = find_benchmark(task, "released")
+        out = checkpoints.convert(file, to, task, backbone(vfm), backbone(dfm), statistics=task and task.statistics)
+    typer.echo(f"written: {out}")
+
+# %% ../nbs/31_cli.ipynb #46ecb789
 @command
 def demo(
     data: Path | None = None,  # holds wildfire_ca/: real images instead of the simulated world
