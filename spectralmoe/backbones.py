@@ -215,7 +215,7 @@ def _remedy(name, file, state, size):
     others = [n for n, s in BACKBONES.items() if s.family == whose]
     return f"Its keys are those of a {whose} file ({', '.join(others[:3])}, ...): give the file of {name}, or load that model"
 
-# %% ../nbs/14_backbones.ipynb #dfc7294a
+# %% ../nbs/14_backbones.ipynb #3c5904ee
 def _from_file(name, path, weights, size):
     "The encoder's state in a file, under our names and complete, its size and the report."
     family = _family(name)
@@ -230,7 +230,7 @@ def _from_file(name, path, weights, size):
         unexpected=unexpected + sorted(state.keys() - wanted.keys()),
         missing=[k for k in wanted if k not in state and k not in fill])
     require_complete(report, name, _remedy(name, file, state, size))
-    size = _own_size(name, state, size)
+    size = _own_size(name, state, size) | (family.beside(file, size) if family.beside else {})
     if size["bands"] != (len(_spec(name).bands) or 3): raise ValueError(
         f"{name}: the patch kernel in {weights} is for {size['bands']} bands, expected {len(_spec(name).bands) or 3}: "
         "give the published weights")

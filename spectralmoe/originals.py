@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'RGB_BACKBONES', 'BackboneSpec', 'Format', 'translate', 'read_as', 'Family', 'check_published']
 
-# %% ../nbs/13_originals.ipynb #5b44fe88
-import copy, hashlib, re
+# %% ../nbs/13_originals.ipynb #1866326a
+import copy, hashlib, math, re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ def read_as(
 # %% ../nbs/13_originals.ipynb #7afd6fd0
 def _plain_step(block, tokens, args): return block(tokens, **args)
 
-# %% ../nbs/13_originals.ipynb #d8d9b8aa
+# %% ../nbs/13_originals.ipynb #eb5746d7
 @dataclass(frozen=True)
 class Family:
     "A kind of encoder: how it is built, run and stored."
@@ -111,6 +111,7 @@ class Family:
     needs_sensor: bool = False # `load_vfm(in_bands=...)` has to be a Sensor
     patches: Callable | None = None # (tokens, arguments) -> (B, N, D), where a patch has several tokens; None: all after the prefix
     replace: Callable | None = None # (tokens, new patches (B, N, D), arguments) -> tokens, the way back
+    beside: Callable | None = None # (file, size) -> more of the size, from what a file holds beside parameters
 
 # %% ../nbs/13_originals.ipynb #150ffb72
 def _config(size, kind, **fields):
@@ -128,12 +129,24 @@ def _add(tokens, more):
     "Add (B, N, D) to the last N of (B, P + N, D)."
     return tokens if more is None else tokens + F.pad(more, (0, 0, tokens.shape[1] - more.shape[1], 0))
 
-# %% ../nbs/13_originals.ipynb #71f3d3d2
+# %% ../nbs/13_originals.ipynb #85f275ac
 def _build_dinov3(size):
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
     extra = {k: v for k, v in size.items() if k in ("use_gated_mlp", "hidden_act", "query_bias", "value_bias")}
-    return DINOv3ViTModel(_config(size, DINOv3ViTConfig, num_register_tokens=4,
+    model = DINOv3ViTModel(_config(size, DINOv3ViTConfig, num_register_tokens=4,
         intermediate_size=size.get("mlp_ratio", 4) * size["dim"], **extra))
+    if periods := size.get("rope_periods"): model.rope_embeddings.inv_freq.copy_(torch.tensor(periods).reciprocal())
+    return model
+
+def _rope_periods(file, size):
+    "Meta's files hold the rotary periods, and their model uses those."
+    found = next((v for k, v in file.items() if k.endswith("rope_embed.periods") and not v.is_meta), None)
+    if found is None: return {}
+    periods, n = found.double().flatten().tolist(), size["dim"] // size["n_heads"] // 4
+    if len(periods) != n or not all(v and math.isfinite(v) for v in periods): raise ValueError(
+        f"rope_embed.periods are {periods[:4]}... ({len(periods)}), expected {n} finite numbers other than 0: the file is of "
+        "another model or number of heads, or damaged")
+    return dict(rope_periods=periods)
 
 # %% ../nbs/13_originals.ipynb #4a987a98
 def _embed_dinov3(model, images, more, sensor):
@@ -171,14 +184,14 @@ _DINOV3_TIMM = _DINOV3 + (
 # %% ../nbs/13_originals.ipynb #42b6ef2b
 _NO_MASK = {r".*mask_token": 0.0} # only pretraining reads it
 
-# %% ../nbs/13_originals.ipynb #210240fe
+# %% ../nbs/13_originals.ipynb #d653cfbd
 _DINOV3_FAMILY = Family("dinov3_vit", _build_dinov3, _embed_dinov3, lambda model: model.model.layer, (
     Format("original", _DINOV3_META, ("", "teacher.backbone."), before=_masked_bias),
     Format("timm", _DINOV3_TIMM, fill={**_NO_MASK, r".*attention\.[qv]_proj\.bias": 0.0}),
     Format("transformers", ((r"(?:model\.)?layer\.(.+)", r"model.layer.\1"), (r"(?:embeddings|norm)\..+", r"\g<0>")),
     fill=_NO_MASK)),
     kernel="embeddings.patch_embeddings.weight", unused=r".*mask_token|norm\..*",
-    library={"dinov3_vit": ("DINOv3ViTModel", "")})
+    library={"dinov3_vit": ("DINOv3ViTModel", "")}, beside=_rope_periods)
 
 # %% ../nbs/13_originals.ipynb #f0144c3b
 def _build_dinov2(size):

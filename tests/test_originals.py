@@ -112,7 +112,11 @@ def drawn(layout):
         mask = torch.ones_like(state[key])
         mask[len(mask) // 3: 2 * len(mask) // 3] = 0
         state[key] = mask
+    if "rope_embed.periods" in state: state["rope_embed.periods"] = periods(len(state["rope_embed.periods"]))
     return state
+
+
+def periods(n): return 100 ** (torch.arange(n) / n)
 
 
 NAMES = [name for name, spec in RGB_BACKBONES.items() if not spec.shipped]
@@ -245,6 +249,24 @@ def test_the_mask_of_meta_switches_the_key_bias_off(tmp_path):
         load_vfm("dinov3-vits16", save(state, tmp_path), **TINY)
     state["blocks.0.attn.qkv.bias"][32:64] = 0
     load_vfm("dinov3-vits16", save(state, tmp_path), **TINY)
+
+
+def test_the_rotary_periods_of_metas_file_are_used_as_they_are(tmp_path):
+    state, images = authors_file("dinov3-vits16"), square("dinov3-vits16")
+    for key in state:
+        if key.endswith("attn.qkv.weight"): state[key] *= 10  # attention that attends to something
+    plain = load_vfm("dinov3-vits16", save(state, tmp_path), **TINY)
+    rounded = (1.1 * periods(4)).bfloat16().float()
+    state["rope_embed.periods"] = rounded
+    theirs = load_vfm("dinov3-vits16", save(state, tmp_path), in_bands=4, **TINY)  # rebuilt for more bands, periods kept
+    before = plain.tokens(images)
+    plain.model.rope_embeddings.inv_freq.copy_(1 / rounded)
+    after = plain.tokens(images)
+    assert 1e-5 < max(float((a - b).abs().max()) for a, b in zip(before, after)) < 1
+    more = torch.cat([images, torch.zeros_like(images[:, :1])], 1)
+    assert max(float((a - b).abs().max()) for a, b in zip(theirs.tokens(more), after)) < 1e-6
+    state["rope_embed.periods"] = torch.ones(3)
+    with pytest.raises(ValueError, match="expected 4 finite numbers"): load_vfm("dinov3-vits16", save(state, tmp_path), **TINY)
 
 
 def save(state, folder, name="x.pth"):
