@@ -6,8 +6,9 @@
 __all__ = ['PRECISIONS', 'CARDS', 'HEADROOM', 'Ledger', 'Imagined', 'imagining', 'MemoryEstimate', 'estimate_memory',
            'memory_advice', 'measure_memory']
 
-# %% ../nbs/24_memory.ipynb #2905f17c
+# %% ../nbs/24_memory.ipynb #fddabf6e
 import gc
+import inspect
 import os
 import pickle
 import re
@@ -80,7 +81,7 @@ def _first_come(cost):  # stands for scipy's assignment, which needs numbers
     n = min(cost.shape)
     return range(n), range(n)
 
-# %% ../nbs/24_memory.ipynb #ab1d17ea
+# %% ../nbs/24_memory.ipynb #c9eb7b94
 @contextmanager
 def imagining(
     n_classes: int,  # K of the task
@@ -88,8 +89,11 @@ def imagining(
     "Inside, tensors have no contents and every storage is counted."
     from unittest import mock
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers.models.dinov3_vit import modeling_dinov3_vit as encoder
     from transformers.models.mask2former import modeling_mask2former as library
+    uncached = inspect.unwrap(encoder.get_patches_center_coordinates)  # its cache would hand out empty tensors later on
     with (FakeTensorMode(allow_non_fake_inputs=True), Imagined(n_classes) as ledger,
+          mock.patch.object(encoder, "get_patches_center_coordinates", uncached),
           mock.patch.object(library, "linear_sum_assignment", _first_come)):
         yield ledger
 

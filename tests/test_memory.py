@@ -92,3 +92,11 @@ def test_refusals(monkeypatch):
     killed = subprocess.CompletedProcess([], -9, b"", b"")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(RuntimeError, match="the measured step failed .-9."): measure_memory(**TINY)
+
+
+def test_nothing_imagined_stays_behind():
+    "transformers caches coordinates by grid: an estimate must not leave it tensors without contents."
+    from spectralmoe.backbones import load_vfm
+    estimate_memory(**{**TINY, "vfm": {**VFM, "patch_size": 4}, "dfm": {**DFM, "patch_size": 4}, "crop": 52})
+    tokens = load_vfm(**{**VFM, "patch_size": 4}).tokens(torch.zeros(1, 3, 52, 52))[-1]
+    assert type(tokens) is torch.Tensor and tokens.isfinite().all()
