@@ -526,7 +526,7 @@ def plot_predictions(
             ax.imshow(picture, interpolation="nearest"); ax.set(xticks=[], yticks=[])
             if i == 0: ax.set_title(name, fontsize=9)
         row[0].set_ylabel(item["name"], fontsize=7)
-    plot_legend(module.benchmark, fig, loc="outside lower center", ncols=8)
+    plot_legend(module.benchmark, fig, loc="outside lower center", ncols=min(8, int(fig.get_figwidth() / 1.5)), fontsize=8)
     fig.suptitle(f"{module.benchmark.title}: {domain}", fontsize=10)
     plt.close(fig)
     return fig
