@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_UNPACKED', 'SMALL', 'MOST_PIXELS', 'MOST_OFF_PALETTE', 'COMMON', 'GIVE_UP', 'Member', 'list_members',
-           'copy_member', 'Layout', 'read_ids', 'Scene', 'cut_scene', 'Option', 'Recipe', 'find_members', 'pair_up',
-           'PrepareFailed', 'prepare_with', 'read_manifest', 'verify_folder']
+           'copy_member', 'Layout', 'read_ids', 'Scene', 'raster_bytes', 'cut_scene', 'Option', 'Recipe', 'keyed',
+           'find_members', 'pair_up', 'PrepareFailed', 'prepare_with', 'read_manifest', 'verify_folder']
 
-# %% ../nbs/03_archives.ipynb #5042b9ea
+# %% ../nbs/03_archives.ipynb #e5cb6277
 import errno
 import hashlib
 import json
@@ -20,7 +20,7 @@ import tarfile
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -244,31 +244,36 @@ class Scene(NamedTuple):
     layout: Layout  # how both are coded
     group: str = ""  # what is held out together with it (neighbours that overlap, a city); "": nothing
 
-# %% ../nbs/03_archives.ipynb #fb74f437
+# %% ../nbs/03_archives.ipynb #feb61411
 def _windows(area, tile):
     row, col, height, width = area
     for i, r in enumerate(range(0, height, tile)):
         yield i, r, [(j, c, min(tile, height - r), min(tile, width - c)) for j, c in enumerate(range(0, width, tile))]
 
-def _tif(array, source, window, names, compress):
-    "The bytes of a GeoTIFF."
+def raster_bytes(
+    array: np.ndarray,  # (bands, h, w)
+    names: Sequence[str] = (),  # of the bands, written as their descriptions
+    driver: str = "GTiff",  # or "PNG", ...
+    **profile,  # for rasterio: compress, transform, crs, ...
+) -> bytes:  # the file
+    "A picture as the bytes of its file."
     import rasterio
     import warnings
     from rasterio.io import MemoryFile
-    profile = dict(driver="GTiff", count=len(array), height=array.shape[1], width=array.shape[2], dtype=array.dtype,
-                   transform=source.window_transform(window), crs=source.crs, photometric="minisblack",
-                   interleave="band", **({} if compress == "none" else {"compress": compress, "predictor": 2, "zlevel": 1,
-                                                                         "zstd_level": 1}))
-    if compress not in ("deflate",): profile.pop("zlevel", None)
-    if compress not in ("zstd",): profile.pop("zstd_level", None)
-    if array.dtype.kind == "f" and "predictor" in profile: profile["predictor"] = 3
-    with warnings.catch_warnings():
+    count, height, width = array.shape
+    with warnings.catch_warnings(), MemoryFile() as memory:
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        with MemoryFile() as memory:
-            with memory.open(**profile) as out:
-                out.write(array)
-                for i, name in enumerate(names, 1): out.set_band_description(i, name)
-            return memory.read()
+        with memory.open(driver=driver, count=count, height=height, width=width, dtype=array.dtype, **profile) as out:
+            out.write(array)
+            for i, name in enumerate(names, 1): out.set_band_description(i, name)
+        return memory.read()
+
+_FAST = {"zstd": {"zstd_level": 1}, "deflate": {"zlevel": 1}}
+
+def _tif(array, source, window, names, compress):
+    packed = {} if compress == "none" else dict(compress=compress, predictor=3 if array.dtype.kind == "f" else 2, **_FAST.get(compress, {}))
+    return raster_bytes(array, names, transform=source.window_transform(window), crs=source.crs, photometric="minisblack",
+                        interleave="band", **packed)
 
 def _put(path, data):
     "Write whole or not at all; the sha256 of it."
@@ -353,7 +358,7 @@ COMMON = {
     "compress": Option("zstd", "of the tiles, without loss", ("zstd", "deflate", "lzw", "none")),
     "skip": Option([], "scenes to leave out, by their name or that of the image without suffix; the manifest lists them")}
 
-# %% ../nbs/03_archives.ipynb #e2d3b371
+# %% ../nbs/03_archives.ipynb #76a82c54
 @dataclass(frozen=True)
 class Recipe:
     "A data set as it is distributed, and how a benchmark is made of it."
@@ -380,18 +385,25 @@ class Recipe:
             f"{self.name} has no option {', '.join(sorted(odd))}; there are {', '.join(known)} (spectralmoe data info {self.name})")
         return {k: o.read(k, options.get(k, o.default)) for k, o in known.items()}
 
+def keyed(
+    rows: Iterable[tuple[object, Member]],  # key, file
+    what: str,  # for the message
+) -> dict[object, Member]:  # key -> file
+    "Files by key; a key that occurs twice is refused."
+    found = {}
+    for key, member in rows:
+        if key in found: raise ValueError(f"{what}: {key} is there twice, {found[key].label} and {member.label} are "
+            "the same file twice; give archives or the extracted folder, not both, and no copies")
+        found[key] = member
+    return found
+
 def find_members(
     members: Sequence[Member],  # from `list_members`
     pattern: str,  # regular expression for the end of a path, with groups that identify the file
 ) -> dict[tuple[str, ...], Member]:  # groups -> member
     "Members by what their path ends in; two of one kind are refused."
-    ends, found = re.compile(rf"(?:^|/){pattern}$"), {}
-    for m in members:
-        if not (match := ends.search(m.name)): continue
-        if other := found.get(match.groups()): raise ValueError(
-            f"{other.label} and {m.label} are the same file twice; give archives or the extracted folder, not both")
-        found[match.groups()] = m
-    return found
+    ends = re.compile(rf"(?:^|/){pattern}$")
+    return keyed(((match.groups(), m) for m in members if (match := ends.search(m.name))), pattern)
 
 def pair_up(
     images: Mapping[object, Member],  # key -> image

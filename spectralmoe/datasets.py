@@ -7,12 +7,11 @@ __all__ = ['TileFile', 'list_files', 'sensor_of_file', 'Raster', 'read_image', '
            'as_picture', 'SegmentationTiles', 'collate', 'Windows', 'Crops', 'StepBatches', 'first_batch_report',
            'split_by_name', 'take_first', 'Check', 'DomainDataModule']
 
-# %% ../nbs/03_datasets.ipynb #c887df31
+# %% ../nbs/03_datasets.ipynb #0ae73f9f
 import colorsys
 import copy
 import csv
 import hashlib
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import __version__, mini
+from .archives import read_manifest
 from .bands import SENSORS, Sensor, as_sensor, match_bands
 from .benchmarks import IGNORE, Benchmark, Domain, plot_legend
 from .benchmarks import benchmark as find_benchmark
@@ -724,7 +724,7 @@ def take_first(
     ranked = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"train {names[i]}".encode()).digest())
     return sorted(ranked[:n])
 
-# %% ../nbs/03_datasets.ipynb #cc751384
+# %% ../nbs/03_datasets.ipynb #c71a9f6b
 def _find_data(task, root):
     "Folders of a task; what the package can make is made when it is absent."
     if task.world == "mini":
@@ -743,7 +743,7 @@ def _as_prepared(task):
     "A real task with what `spectralmoe data prepare` noted beside its tiles: statistics, label map, checksums."
     folder = Path(task.source.images).parent.parent
     if task.world != "real" or not (folder / "manifest.json").is_file(): return task, None
-    said = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    said = read_manifest(folder)
     if task.name.removesuffix("_released") != said["task"]: return task, None
     if "label_map" in said: task = replace(task, label_map={int(k): v for k, v in said["label_map"].items()})
     return replace(task, statistics=task.statistics or said["statistics"]), said["domains"]

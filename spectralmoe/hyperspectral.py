@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'OHS_CITIES', 'OHS_CLASSES', 'OHS_LAYOUT', 'WHU_OHS', 'OHS_BROKEN', 'City', 'published_tiles', 'read_merge',
            'Tile', 'find_tiles', 'ohs_scenes', 'ohs_spectra', 'write_whu_ohs', 'compare_counts']
 
-# %% ../nbs/03_hyperspectral.ipynb #a7059e2b
+# %% ../nbs/03_hyperspectral.ipynb #f37e3f0f
 import csv
 import re
 import zipfile
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .archives import Layout, Member, Option, Recipe, Scene, pair_up, read_manifest
+from .archives import Layout, Member, Option, Recipe, Scene, pair_up, raster_bytes, read_manifest
 from .bands import SENSORS
 from .benchmarks import BENCHMARKS, IGNORE
 
@@ -310,17 +310,8 @@ OHS_BROKEN = {
     "scaled": "reflectance 0..1 instead of x 10000", "8bit": "an image of eight bits", "size": "a mask one row short",
     "city": "a city O27", "suffix": "an image .img"}  # what `write_whu_ohs` can spoil, in the first tile of tr
 
-# %% ../nbs/03_hyperspectral.ipynb #aa6a3707
-def _tif(array):
-    import warnings
-    from rasterio.errors import NotGeoreferencedWarning
-    from rasterio.io import MemoryFile
-    count, height, width = array.shape
-    with warnings.catch_warnings(), MemoryFile() as memory:
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with memory.open(driver="GTiff", count=count, height=height, width=width, dtype=array.dtype, interleave="pixel",
-                         photometric="minisblack") as out: out.write(array)
-        return memory.read()
+# %% ../nbs/03_hyperspectral.ipynb #5301664f
+def _tif(array): return raster_bytes(array, interleave="pixel", photometric="minisblack")
 
 # %% ../nbs/03_hyperspectral.ipynb #6a9e6e25
 def _files(split, stem, image, label, broken):

@@ -7,7 +7,7 @@ __all__ = ['CITY_SCENES', 'FBP_TEST', 'FBP_CLASSES', 'FBP_COLOURS', 'BORDER', 'F
            'FBP_CROSS_REGION', 'FLAIR_TRAIN', 'FLAIR_TEST', 'FLAIR_CLASSES', 'FLAIR_BROKEN', 'FLAIR', 'write_fbp_scene',
            'write_fbp_cross_region', 'write_fbp_cross_sensor', 'write_flair']
 
-# %% ../nbs/03_multispectral.ipynb #6583ced8
+# %% ../nbs/03_multispectral.ipynb #de7edfe8
 import re
 import shutil
 import warnings
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .archives import Layout, Option, Recipe, Scene, pair_up, read_ids
+from .archives import Layout, Option, Recipe, Scene, keyed, pair_up, read_ids
 from .benchmarks import BENCHMARKS
 
 # %% ../nbs/03_multispectral.ipynb #4ad84e0b
@@ -287,7 +287,7 @@ def write_fbp_cross_sensor(
         for part in ("Five-Billion-Pixels", "C-megacities"): _pack(folder / part)
     return folder
 
-# %% ../nbs/03_multispectral.ipynb #1005bb18
+# %% ../nbs/03_multispectral.ipynb #0d0180ae
 _FBP_NAME = re.compile(r"(?P<stem>GF2_PMS[12]__L1A\d{10}-MSS[12]|T\d{2}[A-Z]{3}_\d{8}T\d{6}"
                        r"|GF1_PMS[12]_E\d+\.\d_N\d+\.\d_\d{8}_L1A\d{10}-MSS[12]"
                        r"|\d{8}_\d{6}(?:_\d{2})?_[0-9a-f]{4}_3B_AnalyticMS_SR)"
@@ -303,16 +303,6 @@ def _kind(member, named):
         return "color" if "color" in folder or (named["suffix"] != "png" and "index" not in folder) else "index"
     return "16bit" if "16bit" in folder or ("8bit" not in folder and named["suffix"] == "tiff") else "8bit"
 
-def _by_key(rows, what):
-    "A dictionary; a key that occurs twice is refused."
-    found = {}
-    for key, member in rows:
-        if key in found: raise ValueError(f"{what}: {key} is there twice ({found[key].label} and {member.label}), "
-            f"expected once: give "
-                                          "archives or what was unpacked from them, not both, and no copies")
-        found[key] = member
-    return found
-
 def _refuse_names(odd, what, expected):
     if odd: raise ValueError(f"{what}: {len(odd)} files are named like a part of it and fit no pattern "
         f"({', '.join(odd[:3])}); expected "
@@ -327,7 +317,7 @@ def _fbp_files(members, tree):
         if named: kinds[_kind(m, named)].append((named["stem"], m))
         elif _FBP_FOLDER.match(_folder(m)) or _FBP_LIKE.match(m.path.name): odd.append(m.label)
     _refuse_names(odd, "Five-Billion-Pixels", tree)
-    return {k: _by_key(rows, f"Five-Billion-Pixels, {k}") for k, rows in kinds.items()}
+    return {k: keyed(rows, f"Five-Billion-Pixels, {k}") for k, rows in kinds.items()}
 
 # %% ../nbs/03_multispectral.ipynb #9c9bb6de
 WHOLE = (6800, 7200)  # height and width of a scene without its border
@@ -649,7 +639,7 @@ def _break_flair(files, broken, mirror, side):
     elif broken == "second_test": files |= zip(_flair_paths(mirror, "D022_2021", 62713, edition=2), _flair_patch(side, 5))
     else: files[Path("D004-2021_AERIAL_RGBI", "AA-S1-32", "D004-2021_AERIAL_RGBI_AA-S1-32_1-1.tif")] = files[image]
 
-# %% ../nbs/03_multispectral.ipynb #db6ce090
+# %% ../nbs/03_multispectral.ipynb #fe7e12f1
 _FLAIR_NAME = re.compile(r"(?:^|/)(D\d{3}_\d{4})/(?:(?:aerial|labels)/)?(Z\d+_[A-Z]{2})/(img/IMG|msk/MSK)_(\d{6})\.tif$")
 _FLAIR_LIKE = re.compile(r"(?:^|/)(?:IMG|MSK)_[^/]*\.tiff?$", re.I)
 _FLAIR_SECOND = re.compile(r"flair[-_#]?2[-_](?:\w+_)?test", re.I)
@@ -676,7 +666,7 @@ def _flair_files(members):
         f"shares names of departments "
                              "with the test of FLAIR #1 and holds other patches")
     _refuse_names(odd, "FLAIR", _FLAIR_TREE)
-    return [_by_key(rows, "FLAIR") for rows in kinds.values()]
+    return [keyed(rows, "FLAIR") for rows in kinds.values()]
 
 # %% ../nbs/03_multispectral.ipynb #7803008b
 def _closest(department):

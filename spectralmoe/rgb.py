@@ -6,7 +6,7 @@
 __all__ = ['LOVEDA', 'CONTINENTS', 'OPENEARTHMAP', 'POTSDAM_AREAS', 'VAIHINGEN_TRAIN', 'VAIHINGEN_VAL', 'POTSDAM_VAIHINGEN',
            'write_loveda', 'read_regions', 'write_openearthmap', 'write_potsdam_vaihingen']
 
-# %% ../nbs/03_rgb.ipynb #a99b80ed
+# %% ../nbs/03_rgb.ipynb #ea5209ce
 import re
 import warnings
 import zipfile
@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from .archives import Layout, Option, Recipe, Scene, copy_member, pair_up
+from .archives import Layout, Option, Recipe, Scene, copy_member, keyed, pair_up, raster_bytes
 
-# %% ../nbs/03_rgb.ipynb #87f754bb
+# %% ../nbs/03_rgb.ipynb #79156471
 _PICTURES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".img", ".jp2")
 
 def _matching(members, pattern):
@@ -30,15 +30,6 @@ def _refuse_names(what, odd, expected):
     if odd: raise ValueError(f"{what}: {len(odd)} files fit no pattern "
                              f"({', '.join(m.label for m in odd[:3])}{', ...' if odd[3:] else ''}); expected "
                              f"{expected}. Give them their own names back, or move them out of the folder")
-
-def _one_each(what, found):
-    "Key -> member; refused where two files claim a key."
-    of = {}
-    for key, member in found:
-        if key in of: raise ValueError(f"{what}: {of[key].label} and {member.label} are both {key}; "
-                                       "expected one: give the archives or what was unpacked from them, not both")
-        of[key] = member
-    return of
 
 # %% ../nbs/03_rgb.ipynb #cb6423f4
 def _scenes(what, domain, layout, images, masks, skip, group=lambda key: ""):
@@ -83,18 +74,11 @@ def _coded(kinds, table):
     for value, names in table.items(): codes[[_KINDS[n] for n in names.split()]] = value
     return codes[kinds]
 
-# %% ../nbs/03_rgb.ipynb #b05015ac
+# %% ../nbs/03_rgb.ipynb #d71510a8
 def _encoded(array, driver="GTiff", **more):
     "The bytes of a picture (bands, h, w)."
-    import rasterio
-    from rasterio.io import MemoryFile
     if driver == "GTiff": more = dict(compress="lzw", photometric="rgb" if len(array) > 2 else "minisblack", **more)
-    with warnings.catch_warnings(), MemoryFile() as memory:
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        count, height, width = array.shape
-        with memory.open(driver=driver, count=count, height=height, width=width, dtype="uint8", **more) as out:
-            out.write(array)
-        return memory.read()
+    return raster_bytes(array, driver=driver, **more)
 
 def _write_zips(folder, archives, cut=None):
     "Archive name -> file name -> bytes, as zip files; `cut` loses its second half."
@@ -111,7 +95,7 @@ def _check_fixture(broken, known, side, scenes):
     if side < 64 or scenes < 1: raise ValueError(f"side={side}, scenes={scenes}; expected 64 pixels or more, so that "
                                                  "every class fits in, and 1 scene or more")
 
-# %% ../nbs/03_rgb.ipynb #4e7f5da2
+# %% ../nbs/03_rgb.ipynb #20035fc5
 _LOVEDA = Layout(("R", "G", "B"), {0: "no data", 1: "background", 2: "building", 3: "road", 4: "water", 5: "barren",
                                    6: "forest", 7: "agriculture"})
 _SPLITS = ("train", "val")
@@ -125,7 +109,7 @@ def _loveda_scenes(members, chosen):
         for split in _several(chosen, option, _SPLITS):
             what = f"LoveDA {split.capitalize()}/{place}"
             here = [(m, f) for m, f in found if f[1].lower() == split and f[2] == place]
-            images, masks = (_one_each(what, [(f"{split}_{m.path.stem}", m) for m, f in here if f[3] == kind])
+            images, masks = (keyed([(f"{split}_{m.path.stem}", m) for m, f in here if f[3] == kind], what)
                              for kind in ("images", "masks"))
             if not images: raise FileNotFoundError(f"{what}: no image, but {option} is {','.join(chosen[option])}; get "
                                                    f"{split.capitalize()}.zip, or choose other {option}")
@@ -206,7 +190,7 @@ def read_regions(
         f"{path}: {', '.join(twice[:5])} stand there twice; expected a region once, for it cannot be source and target")
     return table.set_index("region")
 
-# %% ../nbs/03_rgb.ipynb #8b95f747
+# %% ../nbs/03_rgb.ipynb #b6d427da
 _OEM = Layout(("R", "G", "B"), {0: "unknown", 1: "bareland", 2: "rangeland", 3: "developed space", 4: "road", 5: "tree",
                                 6: "water", 7: "agriculture land", 8: "building"})
 
@@ -225,7 +209,7 @@ def _oem_files(members):
     fits = lambda f: (parts := re.fullmatch(r"([a-z][a-z_\-]*)_\d+\.tif", f[3])) and parts[1] == f[1]
     _refuse_names("OpenEarthMap", [m for m, f in found if not fits(f)],
                   "REGION/images/REGION_NUMBER.tif and REGION/labels/REGION_NUMBER.tif")
-    return (_one_each(f"OpenEarthMap {kind}", [(m.path.stem, m) for m, f in found if f[2] == kind])
+    return (keyed([(m.path.stem, m) for m, f in found if f[2] == kind], f"OpenEarthMap {kind}")
             for kind in ("images", "labels"))
 
 # %% ../nbs/03_rgb.ipynb #81783e66
@@ -342,7 +326,7 @@ _ISPRS_COLOURS = {0: (0, 0, 0), 1: (255, 255, 255), 2: (0, 0, 255), 3: (0, 255, 
 _POTSDAM = Layout(("R", "G", "B"), _ISPRS_VALUES, _ISPRS_COLOURS)
 _VAIHINGEN = Layout(("N", "R", "G"), _ISPRS_VALUES, _ISPRS_COLOURS)
 
-# %% ../nbs/03_rgb.ipynb #46e17bb2
+# %% ../nbs/03_rgb.ipynb #623f18b4
 def _partial(member): return re.search(r"participants|(^|/)gts", member.label, re.I) is not None
 
 def _named(what, members, start, pattern, such_as):
@@ -355,7 +339,7 @@ def _city(what, named, kind, areas, layout, chosen, archives):
     "Scenes of a city; `kind`: (member, what its name says) -> image, mask, or something else."
     if odd := sorted({f[1] for _, f in named} - set(areas)): raise ValueError(
         f"{what}: {', '.join(odd[:5])} is no area of the data set; expected of {', '.join(areas[:5])}, ... ({len(areas)})")
-    pick = lambda want: _one_each(f"{what} {want}", [(f[1], m) for m, f in named if not _partial(m) and kind(m, f) == want])
+    pick = lambda want: keyed([(f[1], m) for m, f in named if not _partial(m) and kind(m, f) == want], f"{what} {want}")
     images, masks, partial = pick("image"), pick("mask"), [m.label for m, _ in named if _partial(m)]
     if not images: raise FileNotFoundError(
         f"{what}: no image (only {', '.join(sorted({kind(*n) for n in named})) or 'other files'}); get {archives[0]}")
