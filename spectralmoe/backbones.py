@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from .bands import Band, Sensor
-from .originals import (
+from .encoders.vit import (
     FAMILIES, RGB_BACKBONES, BackboneSpec, Family, check_published, read_as, translate)
-from .spectral import SPECTRAL_BACKBONES, SPECTRAL_FAMILIES, band_statistics
-from spectralmoe.weights import (
+from .encoders.spectral import SPECTRAL_BACKBONES, SPECTRAL_FAMILIES, band_statistics
+from spectralmoe.encoders.files import (
     LoadReport, canonical_name, inflation, mixed_kernel, read_weights, require_complete, resize_patch, resize_positions,
     weights_sha256)
 
@@ -257,7 +257,7 @@ def shipped_weights(
     if not _spec(name).shipped: raise ValueError(
         f"{name} does not come with the package; "
         f"{', '.join(k for k, s in BACKBONES.items() if s.shipped)} do. Its hub id is {_spec(name).hub_id}")
-    folder = Path(spectralmoe.__file__).parent / "weights" / name
+    folder = Path(spectralmoe.__file__).parent / "assets" / name
     if not (folder / "model.safetensors").exists(): raise FileNotFoundError(
         f"{name}: no weights in {folder}. Make them with `spectralmoe run pretrain_mini -p profile=full -p install=true` "
         "(90 minutes on two cores), install the package again, or take weights='random'")

@@ -21,7 +21,7 @@ from .adapter import SpectralMoEConfig
 from .backbones import BACKBONES, Backbone, load_dfm, load_vfm
 from .benchmarks import Benchmark, benchmark as find_benchmark
 from .segmentor import Segmentor
-from .weights import read_weights
+from .encoders.files import read_weights
 
 # %% ../nbs/18_checkpoints.ipynb #4d61588c
 INERT = ("mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray", "numpy.dtype",

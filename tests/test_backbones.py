@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from spectralmoe.backbones import (
     BACKBONES, CachedTokens, check_grids, check_input, crop_back, inflation, list_backbones, load_dfm, load_vfm, resize_patch, shipped_weights)
 from spectralmoe.bands import SENSORS
-from spectralmoe.spectral import SPECTRAL_BACKBONES
+from spectralmoe.encoders.spectral import SPECTRAL_BACKBONES
 
 SIZE = dict(dim=32, n_layers=4, n_heads=2)
 DINO = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2)

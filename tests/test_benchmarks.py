@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from spectralmoe import simulator
+from spectralmoe.simulator import ground as simulator
 from spectralmoe.bands import as_sensor
 from spectralmoe.benchmarks import (BENCHMARKS, SHIFTS, SIMULATED, Domain, View, benchmark, merge, merged,
                                     oracle, shift_laboratory)

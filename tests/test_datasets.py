@@ -329,7 +329,7 @@ def test_more_steps_than_the_data_have_is_an_error(made):
 
 def test_made_tiles_are_made_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECTRALMOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("spectralmoe.mini.make_tiles.__defaults__", (4, 32, 0))
+    monkeypatch.setattr("spectralmoe.simulator.tiles.make_tiles.__defaults__", (4, 32, 0))
     one, other = (DomainDataModule("made_tiles", crop=32) for _ in range(2))
     assert one.source.fingerprint() == other.source.fingerprint()
     assert [p.parent.parent for p in tmp_path.rglob("made_tiles")] == [tmp_path / "cache"]

@@ -5,9 +5,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spectralmoe.records import RunRecord, pooled_scores
+from spectralmoe.reporting.records import RunRecord, pooled_scores
 from spectralmoe.reproduce import read_parameters
-from spectralmoe.studies import (area_table, curve_area, plot_curves, plot_shift, regime_decision, shift_curves, size_curve, smaller,
+from spectralmoe.reporting.studies import (area_table, curve_area, plot_curves, plot_shift, regime_decision, shift_curves, size_curve, smaller,
                                  validity_checks)
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "nbs" / "experiments").glob("[!_.]*.ipynb"))

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from spectralmoe.cli import app
-from spectralmoe.records import (Cell, RunRecord, code_state, finished, index_page, pooled_scores, read_record, read_records,
+from spectralmoe.reporting.records import (Cell, RunRecord, code_state, finished, index_page, pooled_scores, read_record, read_records,
                                  recording, results_table, seed_scores, write_table)
 from spectralmoe.reproduce import (PROFILES, ExperimentFailed, choose_profile, demo, grid_cells, load_data, read_parameters, reproduce,
                                    run_folder, run_grid, run_method)

@@ -1,0 +1,134 @@
+"""Files that are weights, and files that only look like them."""
+import argparse
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from spectralmoe.encoders.files import LoadReport, read_weights, require_complete, weight_files, weights_sha256
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+STATE = {"a.weight": torch.randn(2, 3), "a.bias": torch.zeros(2), "n": torch.tensor(3)}
+
+
+def same(found, expected=STATE):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) and found[k].dtype == expected[k].dtype for k in expected)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s, "optimizer": {"state": {0: torch.ones(2)}}},
+    lambda s: {"model": {"state_dict": s}}, lambda s: {"teacher": s, "args": argparse.Namespace(lr=1)},
+    lambda s: {"model_state_dict": s, "optimizer_state_dict": {}}])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_wrapped_files(tmp_path, wrap, zipped):
+    torch.save(wrap(STATE), tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    same(read_weights(tmp_path / "x.pt"))
+
+
+def test_safetensors_whatever_its_name_and_folders(tmp_path):
+    save_file(STATE, tmp_path / "x.pth")
+    same(read_weights(tmp_path / "x.pth"))
+    same(read_weights(tmp_path))
+    parts = dict(list(STATE.items())[:1]), dict(list(STATE.items())[1:])
+    for i, part in enumerate(parts): save_file(part, tmp_path / f"model-{i}.safetensors")
+    index = {"weight_map": {k: f"model-{i}.safetensors" for i, part in enumerate(parts) for k in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    same(read_weights(str(tmp_path)))
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-1.safetensors is not here"): read_weights(tmp_path)
+
+
+def test_a_folder_with_two_files_is_a_question(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file of weights"): weight_files(tmp_path)
+    for name in ("a.pth", "b.pt"): torch.save(STATE, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="a.pth, b.pt: give the one"): read_weights(tmp_path)
+    save_file(STATE, tmp_path / "c.safetensors")
+    assert weight_files(tmp_path) == [tmp_path / "c.safetensors"]
+    with pytest.raises(FileNotFoundError, match="no file or folder"): read_weights(tmp_path / "none")
+
+
+@pytest.mark.parametrize("content, cause", [
+    (b"<!DOCTYPE html><html>Sign in</html>", "web page"), (b"\n  <HTML>", "web page"), (b"<?xml version='1.0'?><Error/>", "web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"), (b"", "empty"), (b"weights", "begins with b'weights'")])
+def test_what_is_no_file_of_weights(tmp_path, content, cause):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=cause): read_weights(file)
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", "safetensors", "torchscript"])
+@pytest.mark.parametrize("keep", [0.98, 0.5, 0.1])
+def test_truncated(tmp_path, kind, keep):
+    file = tmp_path / "x.pth"
+    large = {"a": torch.randn(100, 100)}
+    if kind == "safetensors": save_file(large, file)
+    elif kind == "torchscript": torch.jit.script(nn.Linear(8, 8)).save(str(file))
+    else: torch.save(large, file, _use_new_zipfile_serialization=kind == "zip")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:max(20, int(keep * len(whole)))])
+    with pytest.raises(ValueError, match="truncated or damaged"): read_weights(file)
+
+
+class Evil:
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return os.makedirs, (str(self.mark),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_does_not_run(tmp_path, zipped):
+    mark, file = tmp_path / "ran", tmp_path / "x.pth"
+    torch.save({"a": torch.ones(1), "b": Evil(mark)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"pickled code or objects \(os.makedirs\), which were not run"): read_weights(file)
+    assert not mark.exists()
+
+
+def test_an_object_of_ones_own_is_named(tmp_path):
+    torch.save({"net": nn.Linear(2, 2)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="torch.nn.modules.linear.Linear"): read_weights(tmp_path / "x.pth")
+
+
+def test_torchscript_is_read_without_its_code(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Sequential(nn.LayerNorm(4), nn.BatchNorm2d(4))).eval().half()
+    for script in (torch.jit.script(net), torch.jit.trace(net[0].float(), torch.ones(1, 3, 4, 4))):
+        script.save(str(tmp_path / "x.pt"))
+        same(read_weights(tmp_path / "x.pt"), script.state_dict())
+
+
+def test_a_torchscript_archive_cannot_smuggle_code(tmp_path):
+    mark, file = tmp_path / "ran", tmp_path / "x.pt"
+    torch.jit.script(nn.Linear(2, 2)).save(str(file))
+    bad = io.BytesIO()
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(bad, "w") as new:
+        for name in old.namelist(): new.writestr(name, pickle.dumps(Evil(mark)) if name.endswith("/data.pkl") else old.read(name))
+    file.write_bytes(bad.getvalue())
+    with pytest.raises(ValueError, match="os.makedirs"): read_weights(file)
+    assert not mark.exists()
+
+
+def test_what_holds_no_tensors(tmp_path):
+    for content, cause in (([1], "holds a list"), ({"epoch": 1}, r"no tensor under \['epoch'\]")):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=cause): read_weights(tmp_path / "x.pth")
+
+
+def test_reports():
+    whole = LoadReport("x.pth", "timm", ["a", "b"], filled=["c"])
+    require_complete(whole, "m")
+    assert "2 matched, 1 filled, 0 missing" in repr(whole) and "<td>filled</td><td>1</td>" in whole._repr_html_()
+    for kind, word in (("missing", "missing"), ("unexpected", "unexpected"), ("misshapen", "mismatched")):
+        with pytest.raises(ValueError, match=rf"1 {word} \(k<, \.\.\.\).*Do that"): require_complete(LoadReport("x", "timm", **{kind: ["k<"]}), "m", "Do that")
+    assert "k&lt;" in LoadReport("x", "timm", missing=["k<"])._repr_html_()
+
+
+def test_the_hash_sees_names_shapes_types_and_bytes():
+    base = weights_sha256(STATE)
+    assert base == weights_sha256(dict(reversed(STATE.items())))
+    for change in ({"a.bias": torch.ones(2)}, {"a.bias": torch.zeros(2, 1)}, {"a.bias": torch.zeros(2).half()}, {"b": torch.ones(1)}):
+        assert weights_sha256(STATE | change) != base
