@@ -217,7 +217,7 @@ def as_sensor(
     raise KeyError(f"no sensor {sensor!r}. {nearest(sensor, SENSORS)}; or give your own "
                    "Sensor(name, bands=[Band(name, center_um, width_um), ...])")
 
-# %% ../nbs/02_bands.ipynb #dca96651
+# %% ../nbs/02_bands.ipynb #7c3d2c14
 def match_bands(
     have: Sensor, # the bands of the file, in file order
     want: Sequence[str] | Sensor, # names or common names, or the bands of another sensor
@@ -237,7 +237,7 @@ def match_bands(
     missing = [w for w, i in zip(shown, found) if i is None]
     both = [have.names[i] for i in found if i is not None]
     raise ValueError(
-        f"bands do not match: {have.name!r} has [{few(map(_label, have.bands))}], wanted [{few(shown)}], missing "
+        f"bands do not match: {have.name!r} has [{few(map(_label, have.bands), 16)}], wanted [{few(shown, 16)}], missing "
         f"[{few(missing)}]; both have [{few(both)}]: select those for model and data alike, or correct the sensor that "
         "describes the file")
 
