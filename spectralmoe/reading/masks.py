@@ -40,12 +40,12 @@ def _values(source, path, window):
 
 def _colour_code(red, green, blue): return (1 << 24) + (red << 16) + (green << 8) + blue
 
-# %% ../../nbs/reading/02_masks.ipynb #17c844e8
+# %% ../../nbs/reading/02_masks.ipynb #67fb3457
 def show_value(
     value: int, # as `read_mask` gives it
 ) -> str: # "7", "#ff0000" of a colour, or "NaN"
     "A mask value, for people."
-    return "NaN" if value == NOTHING else str(value) if value < 1 << 24 else f"#{value - (1 << 24):06x}"
+    return "NaN" if value == NOTHING else f"#{value - (1 << 24):06x}" if 1 << 24 <= value < 1 << 25 else str(value)
 
 # %% ../../nbs/reading/02_masks.ipynb #768cb218
 def check_label_map(
