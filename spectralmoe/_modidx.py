@@ -1939,5 +1939,6 @@ d = { 'settings': { 'branch': 'main',
                                                                                         'spectralmoe/transforms.py'),
                                         'spectralmoe.transforms.RandomCrop.__post_init__': ( 'transforms.html#randomcrop.__post_init__',
                                                                                              'spectralmoe/transforms.py'),
-                                        'spectralmoe.transforms._check_pair': ('transforms.html#_check_pair', 'spectralmoe/transforms.py'),
-                                        'spectralmoe.transforms._top_share': ('transforms.html#_top_share', 'spectralmoe/transforms.py')}}}
+                                        'spectralmoe.transforms.RandomCrop.top_share': ( 'transforms.html#randomcrop.top_share',
+                                                                                         'spectralmoe/transforms.py'),
+                                        'spectralmoe.transforms.check_pair': ('transforms.html#check_pair', 'spectralmoe/transforms.py')}}}
