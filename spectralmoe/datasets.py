@@ -378,12 +378,13 @@ def is_labelled(self: SegmentationTiles) -> bool:
     if self.entry: return any(n for v, n in self.entry["labels"].items() if int(v) not in ignored)
     return any(set(count_labels(f.mask)) - ignored for f in self.files if f.mask is not None)
 
-# %% ../nbs/05_datasets.ipynb #eae29c55
+# %% ../nbs/05_datasets.ipynb #b8d33863
 class Look(NamedTuple):
     "What one tile holds."
     content: str # hash of its pixels in physical units; "" where nothing is valid or all pixels are alike
     values: dict[int, int] # value in the mask -> pixels
-    labelled: int # valid pixels that have a class
+    valid: int # pixels with a value in every band
+    labelled: int # those of them that have a class
     ground: object # `Ground` it covers; None: not georeferenced
 
 @patch
@@ -394,18 +395,20 @@ def look(self: SegmentationTiles,
     file = self.files[index]
     if file in self.looks: return self.looks[file]
     shape, (keys, classes) = self.reader.shape(index), label_codes(self.label_map)
-    content, values, labelled, low, high = hashlib.blake2b(repr(shape).encode()), Counter(), 0, np.inf, -np.inf
+    content, values, low, high = hashlib.blake2b(repr(shape).encode()), Counter(), np.inf, -np.inf
+    pixels = labelled = 0
     for strip in self.reader.strips(index):
         part = read_image(file.image, self.sensor, self.bands, file.bands, strip)
         content.update(np.ascontiguousarray(part.image))
         valid = ~np.isnan(part.image[0])
+        pixels += int(valid.sum())
         if valid.any(): low, high = np.minimum(low, part.image[:, valid].min(1)), np.maximum(high, part.image[:, valid].max(1))
         if strip[0] == 0: ground = ground_of(part.transform, part.crs, shape)
         if file.mask is None: continue
         mask = read_mask(file.mask, strip)
         for value, n in zip(*np.unique(mask, return_counts=True)): values[int(value)] += int(n)
         labelled += int((valid & ~np.isin(mask, keys[classes == IGNORE])).sum())
-    self.looks[file] = Look(content.hexdigest() if np.any(high > low) else "", dict(values), labelled, ground)
+    self.looks[file] = Look(content.hexdigest() if np.any(high > low) else "", dict(values), pixels, labelled, ground)
     return self.looks[file]
 
 # %% ../nbs/05_datasets.ipynb #d26ed9d6
@@ -756,7 +759,7 @@ def refuse_same_files(self: DomainDataModule) -> None: # raises ValueError
         if shared := sorted(path.name for path in times if path in ours):
             raise ValueError(f"{len(shared)} images of target {name!r} are source images as well ({few(shared)}): a target must hold other images")
 
-# %% ../nbs/05_datasets.ipynb #58fc42cb
+# %% ../nbs/05_datasets.ipynb #50dd4d06
 @patch
 def look_at_files(self: DomainDataModule) -> None: # raises where a file is damaged, missing or not as its manifest says
     "Every header, every tile and every mask."
@@ -770,6 +773,8 @@ def look_at_files(self: DomainDataModule) -> None: # raises where a file is dama
         size = sum(path.stat().st_size for tiles in some for f in tiles.files for path in (f.image, f.mask) if path.is_file())
         verify_folder(folder, [tiles.files[0].image.parents[1].name for tiles in some], checksums=size <= 2**30)
     for tiles, i in track(own, "looking at tiles", disable=len(own) < 100 or not sys.stderr.isatty()): tiles.look(i)
+    for tiles in (*self.domains.values(), self._train):
+        if not tiles.rows and not any(tiles.look(i).valid for i in range(len(tiles))): raise ValueError(tiles.no_pixel())
 
 # %% ../nbs/05_datasets.ipynb #01f99250
 @patch
