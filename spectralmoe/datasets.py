@@ -8,7 +8,7 @@ __all__ = ['as_picture', 'Reader', 'Statistics', 'window_grid', 'SegmentationTil
            'find_tiles', 'DomainDataModule', 'Check', 'TileFile', 'list_files', 'sensor_of_file', 'Raster',
            'read_image', 'read_mask']
 
-# %% ../nbs/05_datasets.ipynb #d54dbf3e
+# %% ../nbs/05_datasets.ipynb #422af68f
 import hashlib
 import sys
 import warnings
@@ -38,13 +38,15 @@ from .reading.checks import (check_classes, ground_of, lifted, lost_to_bands, on
                                         unlike_statistics)
 from .reading.listing import TileFile, list_files
 from .reading.manifest import noted, verify_folder
-from .reading.masks import check_same_ground, count_labels, label_codes, read_mask, show_value, to_classes, unlisted_values
-from .reading.rasters import Raster, check_header, open_raster, read_image, sensor_of_file, shifted
+from .reading.masks import (check_label_map, check_same_ground, count_labels, label_codes, read_mask, show_value, to_classes,
+                                       unlisted_values)
+from .reading.rasters import (Raster, look_at_image, open_raster, read_header, read_image, sensor_of_file, shifted,
+                                         warn_together)
 
 as_picture = stretch
 _all_ = ["TileFile", "list_files", "sensor_of_file", "Raster", "read_image", "read_mask", "as_picture"] # read from here as well
 
-# %% ../nbs/05_datasets.ipynb #f345d2db
+# %% ../nbs/05_datasets.ipynb #f915f5b8
 class Reader:
     "Decodes tiles by number, whole or in windows."
     def __init__(self,
@@ -53,22 +55,28 @@ class Reader:
         bands: Sequence[str], # names or common names, in the order wanted
         label_map: Mapping, # file value or (r, g, b) -> class
         cache_mib: float = 512, # keep decoded tiles up to this size, MiB
-        shapes: Mapping[int, tuple[int, int]] | None = None, # number -> height and width, where an index says so; others are looked up
+        shapes: dict[Path, tuple[int, int]] | None = None, # image -> height and width, where they are known; others are added
     ):
         self.files, self.sensor, self.bands, self.label_map = files, sensor, bands, label_map
-        self.cache_mib, self.shapes = cache_mib, dict(shapes or {})
+        self.cache_mib, self.shapes = cache_mib, {} if shapes is None else shapes
         self.kept, self.free = {}, cache_mib * 2**20
 
     def __getstate__(self): return vars(self) | {"kept": {}, "free": self.cache_mib * 2**20}
 
-    def shape(self, index: int) -> tuple[int, int]: # height and width, pixels
-        "Size of a tile; its header has to hold the bands, and its mask the same pixels."
-        if index not in self.shapes:
-            file = self.files[index]
-            size = check_header(file.image, self.sensor, self.bands, file.bands)
+    def look_up(self, indices: Sequence[int]) -> None: # warns once of each doubt
+        "Reads headers that were not read before; they have to hold the bands, and the masks the same pixels."
+        doubts = {}
+        for file in (self.files[i] for i in indices):
+            if file.image in self.shapes: continue
+            header = read_header(file.image, self.sensor, self.bands, file.bands)
             if file.mask is not None: check_same_ground(file.image, file.mask)
-            self.shapes[index] = size
-        return self.shapes[index]
+            self.shapes[file.image], doubts[file.image] = header.size, header.doubts
+        warn_together(doubts)
+
+    def shape(self, index: int) -> tuple[int, int]: # height and width, pixels
+        "Size of a tile."
+        if self.files[index].image not in self.shapes: self.look_up([index])
+        return self.shapes[self.files[index].image]
 
     def strips(self, index: int) -> list[tuple[int, int, int, int]]: # row, column, height, width
         "Windows of whole rows that cover a tile, 2^22 values each unless that would cut blocks of 512 rows."
@@ -80,7 +88,7 @@ class Reader:
     def decode(self, index: int, window: tuple[int, int, int, int] | None = None) -> Raster: # with its label
         "A tile, or a window of it (row, column, height, width), from the file."
         file = self.files[index]
-        raster = read_image(file.image, self.sensor, self.bands, file.bands, window)
+        raster = read_image(file.image, self.sensor, self.bands, file.bands, window, quiet=True)
         label = np.full(raster.image.shape[1:], IGNORE, "uint8")
         if file.mask is not None: label = to_classes(read_mask(file.mask, window), self.label_map, file.mask)
         label[np.isnan(raster.image[0])] = IGNORE
@@ -182,7 +190,7 @@ def window_grid(
     return [(row, col, new_row, new_col) for row, new_row in axis(height)
             for col, new_col in axis(width)]
 
-# %% ../nbs/05_datasets.ipynb #956bb9b0
+# %% ../nbs/05_datasets.ipynb #aadda656
 class SegmentationTiles(Dataset):
     "Images and masks on disk as tensors: bands by name, physical units, labels that were said."
     files = property(lambda self: self.reader.files, doc="What is read, in order.")
@@ -242,10 +250,10 @@ class SegmentationTiles(Dataset):
         if said and not domain.where and (domain.masks, domain.names) == (folder / "masks", folder / "index.csv"):
             tiles.entry, rows = said[1], {row["image"]: row for row in read_csv(domain.names)}
             tiles.rows = [rows[file.image.name] for file in tiles.files]
-            tiles.reader.shapes = {i: (int(row["height"]), int(row["width"])) for i, row in enumerate(tiles.rows)}
+            tiles.reader.shapes = {f.image: (int(row["height"]), int(row["width"])) for f, row in zip(tiles.files, tiles.rows)}
         return tiles
 
-# %% ../nbs/05_datasets.ipynb #6f34e5c9
+# %% ../nbs/05_datasets.ipynb #ee446230
 @patch
 def meaning(self: SegmentationTiles,
     label_map: Mapping | None, # file value or (r, g, b) -> class
@@ -257,10 +265,7 @@ def meaning(self: SegmentationTiles,
         f"masks {masks} have no meaning: give label_map={{file value: class}} or classes=[names]")
     if label_map is None: label_map = {i: i for i in range(len(classes))}
     n = len(classes) or 1 + max((v for v in label_map.values() if v != IGNORE), default=-1)
-    if n > IGNORE: raise ValueError(f"{n} classes; expected {IGNORE} at most, since {IGNORE} marks ignored pixels: merge some in label_map")
-    wrong = {k: v for k, v in label_map.items() if v not in {*range(n), IGNORE}}
-    if wrong: raise ValueError(f"label_map sends {{{few(f'{k}: {v}' for k, v in wrong.items())}}} (file value: class) out of range; "
-                               f"expected 0..{n - 1}, or IGNORE = {IGNORE} to leave pixels out")
+    check_label_map(label_map, n)
     return dict(label_map), tuple(classes) or tuple(map(str, range(n)))
 
 # %% ../nbs/05_datasets.ipynb #f062938c
@@ -281,7 +286,7 @@ def named_sensor(
     return Sensor("not said", [NamedBand(name, float("nan"), float("nan")) for name in names],
                   rgb=("red", "green", "blue") if {"red", "green", "blue"} <= {*names} else None)
 
-# %% ../nbs/05_datasets.ipynb #5f38420d
+# %% ../nbs/05_datasets.ipynb #b5836700
 @patch
 def pad_to(self: SegmentationTiles,
     image: Tensor, # (bands, h, w), NaN where there is nothing
@@ -324,9 +329,7 @@ def subset(self: SegmentationTiles,
     indices: Sequence[int], # numbers of the tiles to keep
 ) -> SegmentationTiles:
     "The same data with fewer tiles."
-    old = self.reader
-    shapes = {new: old.shapes[i] for new, i in enumerate(indices) if i in old.shapes}
-    reader = Reader([self.files[i] for i in indices], self.sensor, self.bands, self.label_map, old.cache_mib, shapes)
+    reader = Reader([self.files[i] for i in indices], self.sensor, self.bands, self.label_map, self.reader.cache_mib, self.reader.shapes)
     return self.changed(reader=reader, entry=None, rows=self.rows and [self.rows[i] for i in indices])
 
 @patch
@@ -378,7 +381,7 @@ def is_labelled(self: SegmentationTiles) -> bool:
     if self.entry: return any(n for v, n in self.entry["labels"].items() if int(v) not in ignored)
     return any(set(count_labels(f.mask)) - ignored for f in self.files if f.mask is not None)
 
-# %% ../nbs/05_datasets.ipynb #b8d33863
+# %% ../nbs/05_datasets.ipynb #8cd3adef
 class Look(NamedTuple):
     "What one tile holds."
     content: str # hash of its pixels in physical units; "" where nothing is valid or all pixels are alike
@@ -386,6 +389,7 @@ class Look(NamedTuple):
     valid: int # pixels with a value in every band
     labelled: int # those of them that have a class
     ground: object # `Ground` it covers; None: not georeferenced
+    doubts: tuple[str, ...] # what is odd about its values, such as fill that no tag declares
 
 @patch
 def look(self: SegmentationTiles,
@@ -398,7 +402,7 @@ def look(self: SegmentationTiles,
     content, values, low, high = hashlib.blake2b(repr(shape).encode()), Counter(), np.inf, -np.inf
     pixels = labelled = 0
     for strip in self.reader.strips(index):
-        part = read_image(file.image, self.sensor, self.bands, file.bands, strip)
+        part = read_image(file.image, self.sensor, self.bands, file.bands, strip, quiet=True)
         content.update(np.ascontiguousarray(part.image))
         valid = ~np.isnan(part.image[0])
         pixels += int(valid.sum())
@@ -408,7 +412,8 @@ def look(self: SegmentationTiles,
         mask = read_mask(file.mask, strip)
         for value, n in zip(*np.unique(mask, return_counts=True)): values[int(value)] += int(n)
         labelled += int((valid & ~np.isin(mask, keys[classes == IGNORE])).sum())
-    self.looks[file] = Look(content.hexdigest() if np.any(high > low) else "", dict(values), pixels, labelled, ground)
+    self.looks[file] = Look(content.hexdigest() if np.any(high > low) else "", dict(values), pixels, labelled, ground,
+                            look_at_image(file.image, self.sensor, self.bands, file.bands).doubts)
     return self.looks[file]
 
 # %% ../nbs/05_datasets.ipynb #d26ed9d6
@@ -467,7 +472,7 @@ def collate(
     columns = {key: [item[key] for item in items] for key in items[0]}
     return {key: torch.stack(v) if torch.is_tensor(v[0]) else v for key, v in columns.items()}
 
-# %% ../nbs/05_datasets.ipynb #da098d8c
+# %% ../nbs/05_datasets.ipynb #faa1a25f
 class Windows(Dataset):
     "Tiles cut into windows of one size, for evaluation."
     def __init__(self,
@@ -475,6 +480,7 @@ class Windows(Dataset):
         size: int, # side in pixels
     ):
         self.tiles, self.size = tiles, size
+        tiles.reader.look_up(range(len(tiles)))
         shapes = [tiles.reader.shape(i) for i in range(len(tiles))]
         self.places = [(i, *place) for i, s in enumerate(shapes) for place in window_grid(*s, size)]
 
@@ -574,7 +580,7 @@ class StepBatches(Sampler):
         draw = lambda s: int(chance(1, s).integers(2**62))
         return [(order(s // self.n)[s % self.n], draw(s)) for s in samples]
 
-# %% ../nbs/05_datasets.ipynb #28f89d9d
+# %% ../nbs/05_datasets.ipynb #8e7917e6
 @patch
 def sample(self: SegmentationTiles,
     n: int = 8, # windows of up to 512 pixels a side
@@ -587,7 +593,7 @@ def sample(self: SegmentationTiles,
     for index, window in [places[k] for k in sorted({k * len(places) // n for k in range(n)})]:
         file, whole = self.files[index], window[2:] == self.reader.shape(index)
         image = (self.reader.read if whole else self.reader.decode)(index, window).image
-        band = lambda b: np.isnan(read_image(file.image, self.sensor, [b], file.bands, window).image[0]).ravel()
+        band = lambda b: np.isnan(read_image(file.image, self.sensor, [b], file.bands, window, quiet=True).image[0]).ravel()
         gone = np.isnan(image[0]).any()
         holes.append(np.stack([band(b) if gone else np.zeros(image[0].size, bool) for b in self.bands]))
         images.append(image.reshape(len(self.bands), -1))
@@ -759,9 +765,9 @@ def refuse_same_files(self: DomainDataModule) -> None: # raises ValueError
         if shared := sorted(path.name for path in times if path in ours):
             raise ValueError(f"{len(shared)} images of target {name!r} are source images as well ({few(shared)}): a target must hold other images")
 
-# %% ../nbs/05_datasets.ipynb #50dd4d06
+# %% ../nbs/05_datasets.ipynb #77356c54
 @patch
-def look_at_files(self: DomainDataModule) -> None: # raises where a file is damaged, missing or not as its manifest says
+def look_at_files(self: DomainDataModule) -> list[str]: # findings; a file that is damaged, missing or not as its manifest says is refused
     "Every header, every tile and every mask."
     from rich.progress import track
     known, own = {}, []
@@ -773,8 +779,17 @@ def look_at_files(self: DomainDataModule) -> None: # raises where a file is dama
         size = sum(path.stat().st_size for tiles in some for f in tiles.files for path in (f.image, f.mask) if path.is_file())
         verify_folder(folder, [tiles.files[0].image.parents[1].name for tiles in some], checksums=size <= 2**30)
     for tiles, i in track(own, "looking at tiles", disable=len(own) < 100 or not sys.stderr.isatty()): tiles.look(i)
-    for tiles in (*self.domains.values(), self._train):
-        if not tiles.rows and not any(tiles.look(i).valid for i in range(len(tiles))): raise ValueError(tiles.no_pixel())
+    found = []
+    for name, tiles in self.domains.items():
+        if tiles.rows: continue
+        looks = [tiles.look(i) for i in range(len(tiles))]
+        if not any(look.valid for look in looks): raise ValueError(tiles.no_pixel())
+        odd = [(file.image.name, doubt) for file, look in zip(tiles.files, looks) for doubt in look.doubts]
+        told = dict((doubt, image) for image, doubt in reversed(odd)) # the first image of each
+        found += [f"domain {name!r}, {image}{f' and others ({times} of {len(tiles)} files)' if (times := [d for _, d in odd].count(doubt)) > 1 else ''}: "
+                  f"{doubt}" for doubt, image in list(told.items())[:-4:-1]]
+        if len(told) > 3: found.append(f"domain {name!r}: {len(told) - 3} more findings of this kind in {len({i for i, _ in odd})} of {len(tiles)} files")
+    return found
 
 # %% ../nbs/05_datasets.ipynb #01f99250
 @patch
@@ -829,7 +844,7 @@ def look_at_numbers(self: DomainDataModule) -> tuple[dict, list[str]]: # domain 
             found += [f"target {name!r}: {text}" for text in lifted(reports[name], source)]
     return reports, [str(w.message) for w in caught] + found
 
-# %% ../nbs/05_datasets.ipynb #cf3b001a
+# %% ../nbs/05_datasets.ipynb #f938cf00
 class Check(NamedTuple):
     "What was found in the data before training."
     labels: dict # labelled domain -> table of value, class, pixels, share
@@ -839,9 +854,9 @@ class Check(NamedTuple):
 def check(self: DomainDataModule) -> Check: # made once; later calls return the same
     "Looks at files, labels, leaks and numbers of every domain; refuses what cannot be right, warns of what is unlikely."
     if self._check is None:
-        self.look_at_files()
-        labels, found = self.look_at_labels()
-        found += self.look_for_leaks()
+        found = self.look_at_files()
+        labels, more = self.look_at_labels()
+        found += more + self.look_for_leaks()
         self.reports, more = self.look_at_numbers()
         for text in found + more: warnings.warn(text, stacklevel=2)
         self._check = Check(labels, self.reports[self.benchmark.source.name])

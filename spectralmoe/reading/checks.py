@@ -6,7 +6,7 @@
 __all__ = ['unlike_statistics', 'unlike_sensor', 'lifted', 'lost_to_bands', 'check_classes', 'Ground', 'ground_of',
            'on_same_ground', 'uneven_split']
 
-# %% ../../nbs/reading/04_checks.ipynb #55d2786d
+# %% ../../nbs/reading/04_checks.ipynb #a5817f4b
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import pandas as pd
 from ..bands import SENSORS, Sensor
 from ..benchmarks import IGNORE
 from ..files import few
-from .masks import label_codes, show_value
+from .masks import label_advice, label_codes, show_value
 
 # %% ../../nbs/reading/04_checks.ipynb #093e47bd
 def unlike_statistics(
@@ -76,7 +76,7 @@ def lost_to_bands(
     return [f"{together:.0%} of the pixels looked at are lost, {usual:.0%} in most bands, but "
             f"{few(f'{share:.0%} in {b}' for b, share in holes.items())}: leave those out (bands=), or correct the nodata value"]
 
-# %% ../../nbs/reading/04_checks.ipynb #0ca86c4a
+# %% ../../nbs/reading/04_checks.ipynb #0d82a03e
 def check_classes(
     found: Mapping[int, int], # value in the masks of the source -> pixels
     label_map: Mapping, # file value or (r, g, b) -> class
@@ -91,7 +91,7 @@ def check_classes(
     absent = [name for i, name in enumerate(classes) if not pixels[i]]
     values = [v for v, n in found.items() if n]
     if len(classes) - len(absent) < 2:
-        hint = "label_map={0: 0, 255: 1} if 255 is a class and not `ignore`" if set(values) == {0, 255} else "add their values to label_map, or other images"
+        hint = label_advice(found, label_map) or "add their values to label_map, or images that hold them"
         raise ValueError(f"{where}: the masks hold the values {few(map(show_value, sorted(values)))}, in which {len(classes) - len(absent)} of "
                          f"{len(classes)} classes are labelled; expected two or more. No pixel of {few(map(repr, absent))}: {hint}")
     if not absent: return []
