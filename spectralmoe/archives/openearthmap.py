@@ -75,7 +75,7 @@ def _listed(members, name):
             words |= {Path(w).stem for w in re.split(r"[\s,;]+", path.read_text(encoding="utf-8-sig", errors="replace"))}
     return words
 
-# %% ../../nbs/archives/06_openearthmap.ipynb #dda9c1bd
+# %% ../../nbs/archives/06_openearthmap.ipynb #d70b15b2
 def openearthmap_scenes(
     members: Sequence[Member], # all files there are
     chosen: Mapping[str, object], # options of `OPENEARTHMAP`
@@ -94,8 +94,9 @@ def openearthmap_scenes(
         "xBD and not in the archive. Register at xview2.org and put them into images/ to have them")
     labels = {k: m for k, m in labels.items() if k not in without}
     domain = continents_of(chosen, {region_of(k) for k in (*images, *labels)})
-    return [Scene(domain[region_of(k)], k, image, mask, OPENEARTHMAP_LAYOUT, region_of(k))
-            for k, image, mask in pair_up(images, labels, what, chosen["skip"])]
+    scenes = [Scene(domain[region_of(k)], k, image, mask, OPENEARTHMAP_LAYOUT, region_of(k))
+              for k, image, mask in pair_up(images, labels, what, chosen["skip"])]
+    return sorted(scenes, key=lambda s: (s.domain, s.name))
 
 # %% ../../nbs/archives/06_openearthmap.ipynb #85b43877
 OPENEARTHMAP = Recipe("openearthmap", "real_openearthmap", "https://open-earth-map.org",

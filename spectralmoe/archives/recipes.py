@@ -239,7 +239,7 @@ def find_members(
     "Pictures by what their path ends in; two of one kind are refused."
     return keyed(((found.groups(), m) for m, found in matching(members, rf"/{pattern}")), pattern)
 
-# %% ../../nbs/archives/00_recipes.ipynb #aff2d75f
+# %% ../../nbs/archives/00_recipes.ipynb #9e9d9630
 def pair_up(
     images: Mapping[object, Member], # key -> image
     masks: Mapping[object, Member], # the same keys -> mask
@@ -248,16 +248,18 @@ def pair_up(
     lone: str = "refuse", # masks without image: "refuse", or "leave out" with a warning
 ) -> list[tuple[object, Member, Member]]: # sorted by key
     "Images with their masks; an image without one is refused."
-    skip = {unicodedata.normalize("NFC", s) for s in skip}
+    skip = set(skip)
     images = {k: m for k, m in images.items() if not skip & {str(k), m.path.stem}}
     named = lambda k, m: str(k) if isinstance(k, str) else m.path.stem
-    if lost := sorted(named(k, images[k]) for k in set(images) - set(masks)): raise FileNotFoundError(
-        f"{what}: {len(lost)} of {len(images)} images have no mask ({few(lost)}); get the label archive as well, or name "
-        "them in skip=")
-    if left := sorted(n for k in set(masks) - set(images) if (n := named(k, masks[k])) not in skip):
-        said = f"{what}: {len(left)} of {len(masks)} masks have no image ({few(left)})"
-        if lone == "refuse": raise FileNotFoundError(f"{said}; get the image archive as well, or name them in skip=")
-        notice(f"{said} and are left out")
+    lost = sorted(named(k, images[k]) for k in set(images) - set(masks))
+    left = sorted(n for k in set(masks) - set(images) if (n := named(k, masks[k])) not in skip)
+    alone = f"{len(left)} of {len(masks)} masks have no image ({few(left)})" if left else ""
+    if left and lone != "refuse": notice(f"{what}: {alone} and are left out")
+    odd = {"label": f"{len(lost)} of {len(images)} images have no mask ({few(lost)})" if lost else "",
+           "image": alone if lone == "refuse" else ""}
+    if any(odd.values()): raise FileNotFoundError(
+        f"{what}: {', '.join(filter(None, odd.values()))}; get the {' and the '.join(k for k in odd if odd[k])} archive as well, or "
+        "name them in skip=")
     return [(k, images[k], masks[k]) for k in sorted(images)]
 
 # %% ../../nbs/archives/00_recipes.ipynb #afebea53
@@ -424,7 +426,7 @@ class BandSums:
             self.square[k] += (values @ values).item()
         self.pixels += values.size
 
-# %% ../../nbs/archives/00_recipes.ipynb #660b88bb
+# %% ../../nbs/archives/00_recipes.ipynb #e0b4fd75
 def _windows(area, tile):
     row, col, height, width = area
     for i, r in enumerate(range(0, height, tile)):
@@ -446,27 +448,32 @@ def cut_scene(
     "Cut image and mask into tiles, strip by strip."
     from rasterio.windows import Window
     layout, tiles, labels, sums, odd = scene.layout, [], np.zeros(256, int), BandSums(len(scene.layout.keep)), 0
-    with open_raster(image, stored=True, raw=layout.raw) as a, open_raster(mask) as b:
-        scene.check(a, b)
-        area = layout.area(a, b, layout) if layout.area else (0, 0, a.height, a.width)
-        single = max(area[2:]) <= tile
-        for i, r, row in _windows(area, tile):
-            strip = Window(area[1], area[0] + r, area[3], row[0][2])
-            pixels, (ids, off) = a.read(layout.keep, window=strip), read_ids(b, layout, strip)
-            odd += off
-            labels += np.bincount(ids.ravel(), minlength=256)
-            sums.add(pixels)
-            for j, c, h, w in row:
-                name = scene.name if single else f"{scene.name}_r{i + 1:03d}_c{j + 1:03d}"
-                at, part = Window(area[1] + c, area[0] + r, w, h), (slice(None), slice(0, h), slice(c, c + w))
-                hashes = [_put(folder / kind / f"{name}.tif", _tile_bytes(values, a, at, names, compress)) for kind, values, names
-                          in (("images", pixels[part], layout.names), ("masks", ids[None][part], ["label"]))]
-                tiles.append([name, h, w, *hashes])
-    if odd > MOST_OFF_PALETTE * labels.sum(): raise ValueError(
-        f"{odd} of {labels.sum()} mask pixels have colours that are in no table, expected at most {MOST_OFF_PALETTE:.0%}: is this a mask?")
+    try:
+        with open_raster(image, stored=True, raw=layout.raw) as a, open_raster(mask) as b:
+            scene.check(a, b)
+            area = layout.area(a, b, layout) if layout.area else (0, 0, a.height, a.width)
+            single = max(area[2:]) <= tile
+            for i, r, row in _windows(area, tile):
+                strip = Window(area[1], area[0] + r, area[3], row[0][2])
+                pixels, (ids, off) = a.read(layout.keep, window=strip), read_ids(b, layout, strip)
+                odd += off
+                labels += np.bincount(ids.ravel(), minlength=256)
+                sums.add(pixels)
+                for j, c, h, w in row:
+                    name = scene.name if single else f"{scene.name}_r{i + 1:03d}_c{j + 1:03d}"
+                    at, part = Window(area[1] + c, area[0] + r, w, h), (slice(None), slice(0, h), slice(c, c + w))
+                    hashes = [_put(folder / kind / f"{name}.tif", _tile_bytes(values, a, at, names, compress)) for kind, values, names
+                              in (("images", pixels[part], layout.names), ("masks", ids[None][part], ["label"]))]
+                    tiles.append([name, h, w, *hashes])
+        if odd > MOST_OFF_PALETTE * labels.sum(): raise ValueError(
+            f"{odd} of {labels.sum()} mask pixels have colours that are in no table, expected at most {MOST_OFF_PALETTE:.0%}: is this a mask?")
+    except BaseException: # nothing of a scene that failed
+        for name, *_ in tiles:
+            for kind in ("images", "masks"): (folder / kind / f"{name}.tif").unlink(missing_ok=True)
+        raise
     return dict(tiles=tiles, labels={str(v): int(labels[v]) for v in labels.nonzero()[0]}, off_palette=odd, **vars(sums))
 
-# %% ../../nbs/archives/00_recipes.ipynb #fe3faac3
+# %% ../../nbs/archives/00_recipes.ipynb #89e54d32
 class Option(NamedTuple):
     "Something about a preparation that can be chosen."
     default: object # its type is the type of the option; a list is given as a,b,c
@@ -480,7 +487,8 @@ class Option(NamedTuple):
         "A value, checked."
         kind, many = type(self.default), isinstance(self.default, (list, tuple))
         try:
-            if many: value = list(value) if isinstance(value, (list, tuple)) else [v for v in str(value).split(",") if v]
+            if many: value = [unicodedata.normalize("NFC", str(v)) for v in
+                              (value if isinstance(value, (list, tuple)) else str(value).split(",")) if str(v)]
             else: value = kind(value)
         except ValueError: raise ValueError(
             f"option {name}={value!r}; expected {kind.__name__}, such as {self.default!r}. {self.help}") from None

@@ -90,7 +90,7 @@ bare land 73004c
 bare rock ff73df
 ocean a1a1a1""".splitlines())} # mask value -> its name and (r, g, b)
 
-# %% ../../nbs/archives/02_whu_ohs.ipynb #8ec0d02c
+# %% ../../nbs/archives/02_whu_ohs.ipynb #744adb8b
 def read_merge(
     path: str | Path, # csv with the columns id and merged, a row for each of 1..24
 ) -> dict[int, int]: # mask value -> class index, or `IGNORE`
@@ -100,8 +100,8 @@ def read_merge(
            f"({', '.join(classes)}) or 0 (ignored)")
     if not Path(path).is_file(): raise FileNotFoundError(f"merge={path}: no such file; {ask}")
     try: pairs = [(int(r["id"]), int(r["merged"])) for r in read_csv(path)]
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"merge={path}: a row cannot be read ({e!r}); {ask}") from None
+    except KeyError as e: raise ValueError(f"merge={path}: a row cannot be read (no column {e}); {ask}") from None
+    except ValueError as e: raise ValueError(f"merge={path}: a row cannot be read ({e}); {ask}") from None
     times, table = Counter(i for i, _ in pairs if i), dict(pairs)
     def refuse(why): raise ValueError(f"merge={path}: {why}; {ask}")
     if ids := sorted({i for i in times if times[i] > 1} | set(times) ^ set(range(1, 25))):
