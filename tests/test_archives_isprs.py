@@ -106,7 +106,7 @@ def test_a_renamed_image_is_named(archives, tmp_path):
 def test_vaihingen_is_fed_near_infrared_first(archives, tmp_path):
     from spectralmoe.datasets import SegmentationTiles
     made(archives, tmp_path)
-    for protocol, order in (("default", [0, 1, 2]), ("released", [2, 1, 0])):
+    for protocol, order in (("default", [0, 1, 2]), ("authors", [2, 1, 0])):
         task = benchmark("real_potsdam_vaihingen", protocol).at(tmp_path)
         tiles = SegmentationTiles.from_domain(task.targets[0], task, role="target")
         with zipfile.ZipFile(archives / "ISPRS_semantic_labeling_Vaihingen.zip") as z:

@@ -72,9 +72,9 @@ def test_statistics_and_checks_come_from_the_manifest_and_scenes_are_held_out_wh
     assert {d: t.pixels.sum() for d, t in module.check().labels.items()} == counted
 
 
-def test_released_protocol_reads_the_same_tiles_in_its_own_way(ready):
+def test_authors_protocol_reads_the_same_tiles_in_its_own_way(ready):
     name, data = ready
-    task = benchmark(f"real_{name}", "released")
+    task = benchmark(f"real_{name}", "authors")
     ours, theirs = DomainDataModule(f"real_{name}", data, batch_size=2, crop=32), DomainDataModule(task, data, batch_size=2, crop=32)
     assert theirs.fingerprints == ours.fingerprints and theirs.statistics.mean == tuple(task.statistics["mean"])
     if task.bands[0] == "blue":  # blue first, standardised with the mean of red
@@ -117,5 +117,5 @@ def test_a_benchmark_of_ones_own_on_prepared_tiles_is_not_given_the_manifests_la
     name, data = ready
     task = benchmark(f"real_{name}")
     two = {v: (c if c == IGNORE else min(c, 1)) for v, c in task.label_map.items()}
-    mine = replace(task, name="mine", classes=("a", "b"), palette=((0, 0, 0), (1, 1, 1)), label_map=two, released={})
+    mine = replace(task, name="mine", classes=("a", "b"), palette=((0, 0, 0), (1, 1, 1)), label_map=two, authors={})
     assert DomainDataModule(mine, data, batch_size=2, crop=32).benchmark.label_map == two

@@ -86,7 +86,7 @@ def isprs_scenes(
         areas, VAIHINGEN_LAYOUT, chosen,
         (f"{home}.zip, with the images in top/", f"{home}_ground_truth_{'eroded_' * eroded}COMPLETE.zip"))
 
-# %% ../../nbs/archives/07_isprs.ipynb #8764281a
+# %% ../../nbs/archives/07_isprs.ipynb #d9bc1ffb
 POTSDAM_VAIHINGEN = Recipe("potsdam_vaihingen", "real_potsdam_vaihingen",
     "https://www.isprs.org/education/benchmarks/UrbanSemLab/",
     "research use, no redistribution; UNCONFIRMED wording", "on request at ISPRS, with a form",
@@ -117,7 +117,7 @@ POTSDAM_VAIHINGEN = Recipe("potsdam_vaihingen", "real_potsdam_vaihingen",
      "colours of no class become 0, ignored; torchgeo makes them clutter",
      "5_Labels_for_participants has 24 of 38 labels under the names of the full ones; it is not used",
      "the eroded archive of Vaihingen holds a label area9 that has no image; it is left out",
-     "the authors' code and mmcv read blue, green, red (protocol='released'), so mmsegmentation's table of colours is "
+     "the authors' code and mmcv read blue, green, red (protocol='authors'), so mmsegmentation's table of colours is "
      "reversed"),
     "ISPRS Commission II, 2D Semantic Labeling Contest: Potsdam, Vaihingen (F. Rottensteiner et al., ISPRS Annals "
     "I-3, 2012)",

@@ -42,7 +42,7 @@ def loveda_scenes(
                        for key, image, mask in pair_up(images, masks, what, chosen["skip"])]
     return scenes
 
-# %% ../../nbs/archives/05_loveda.ipynb #ecb2de17
+# %% ../../nbs/archives/05_loveda.ipynb #11c3809a
 LOVEDA = Recipe("loveda", "real_loveda", "https://github.com/Junjue-Wang/LoveDA",
     "CC BY-NC-SA 4.0, academic use only; the images under the terms of Google Earth",
     "no registration: Zenodo record 5706578 (doi 10.5281/zenodo.5706578)",
@@ -63,7 +63,7 @@ LOVEDA = Recipe("loveda", "real_loveda", "https://github.com/Junjue-Wang/LoveDA"
     ("mmsegmentation's converter puts rural and urban images into one folder; here they stay apart",
      "the value 0 is no data, not background: background is 1, a class",
      "torchgeo returns the raw values 0..7, but its list of classes begins with background: value v is classes[v - 1]",
-     "the authors' code feeds blue, green, red (protocol='released'); tiles hold red, green, blue",
+     "the authors' code feeds blue, green, red (protocol='authors'); tiles hold red, green, blue",
      "tile is one option for both domains: tile=1024 leaves source images whole as well (training crops are 512 "
      "either way)"),
     "J. Wang, Z. Zheng, A. Ma, X. Lu, Y. Zhong, NeurIPS Datasets and Benchmarks 2021",

@@ -98,7 +98,7 @@ def openearthmap_scenes(
               for k, image, mask in pair_up(images, labels, what, chosen["skip"])]
     return sorted(scenes, key=lambda s: (s.domain, s.name))
 
-# %% ../../nbs/archives/06_openearthmap.ipynb #85b43877
+# %% ../../nbs/archives/06_openearthmap.ipynb #bbc30274
 OPENEARTHMAP = Recipe("openearthmap", "real_openearthmap", "https://open-earth-map.org",
     "each label under the licence of its image; CC BY-NC-SA 4.0 where that is in the public domain or not stated",
     "no registration: Zenodo record 7223446; the images of xBD (813 with labels) after registration at xview2.org",
@@ -123,7 +123,7 @@ OPENEARTHMAP = Recipe("openearthmap", "real_openearthmap", "https://open-earth-m
      "the authors' compile_xbd.py looks for les_cayes in a folder les: images of regions of several words never arrive",
      "names of regions hold underscores and hyphens; the region ends at the last underscore",
      "the authors' loader resizes images to powers of two; tiles here are cut from the pixels as they are",
-     "the authors of SpectralMoE feed blue, green, red (protocol='released')"),
+     "the authors of SpectralMoE feed blue, green, red (protocol='authors')"),
     "J. Xia, N. Yokoya, B. Adriano, C. Broni-Bediako, WACV 2023")
 
 # %% ../../nbs/archives/06_openearthmap.ipynb #e79b8b03

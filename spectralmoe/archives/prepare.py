@@ -101,18 +101,18 @@ def counts(
             for d, v in said["domains"].items()}
     return pd.DataFrame(rows).T.astype("Int64")
 
-# %% ../../nbs/archives/08_prepare.ipynb #14099eb1
+# %% ../../nbs/archives/08_prepare.ipynb #9a76b97b
 def compare_statistics(
     name: str, # of a data set
     to: str | Path, # the data folder given to `prepare`
 ): # pandas DataFrame, a row per band
-    "Mean and standard deviation of the source beside those of the released configuration."
+    "Mean and standard deviation of the source beside those of the authors' configuration."
     import pandas as pd
     task, ours = benchmark(recipe(name).task), read_manifest(Path(to) / recipe(name).name)["statistics"]
-    table = pd.DataFrame({"mean": ours["mean"], "released mean": task.released["mean"], "std": ours["std"],
-                          "released std": task.released["std"]}, ours["bands"])
-    table.insert(2, "difference", table["mean"] - table["released mean"])
-    return table.assign(**{"difference of std": table["std"] - table["released std"]}).round(4)
+    table = pd.DataFrame({"mean": ours["mean"], "authors' mean": task.authors["mean"], "std": ours["std"],
+                          "authors' std": task.authors["std"]}, ours["bands"])
+    table.insert(2, "difference", table["mean"] - table["authors' mean"])
+    return table.assign(**{"difference of std": table["std"] - table["authors' std"]}).round(4)
 
 # %% ../../nbs/archives/08_prepare.ipynb #cef6d6e4
 def preview(
