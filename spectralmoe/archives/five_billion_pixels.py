@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CITY_SCENES', 'FBP_TEST', 'FBP_CLASSES', 'FBP_COLOURS', 'FBP_SURFACES', 'BORDER', 'FBP_BROKEN', 'WHOLE',
            'FBP_CROSS_SENSOR', 'FBP_CROSS_REGION', 'write_fbp_scene', 'write_fbp_cross_region',
-           'write_fbp_cross_sensor', 'fbp_files', 'inside_border', 'around_labels', 'gf2_scenes', 'city_scenes']
+           'write_fbp_cross_sensor', 'fbp_files', 'inside_border', 'around_labels', 'gf2_scenes', 'city_scenes',
+           'cross_sensor_scenes', 'cross_region_scenes']
 
 # %% ../../nbs/archives/03_five_billion_pixels.ipynb #cc9ebf70
 import re
@@ -35,12 +36,13 @@ CITY_SCENES: dict[str, tuple[str, ...]] = { # domain -> its scenes
         "0821_024714_84_1069", "0918_020334_0e26", "0918_021512_1035", "0918_021706_1014",
         "0924_024646_59_1069", "1030_024347_05_106e", "1101_021351_101b", "1108_024548_60_1065"))}
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #5228166f
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #468ca695
 FBP_TEST: tuple[str, ...] = tuple( # the 30 test scenes of the data set's own baselines, as they list them
     f"GF2_PMS{camera}__L1A{number:010d}-MSS{camera}" for camera, numbers in {
-        1: (1064454, 1118839, 1344822, 1348919, 1366278, 1366284, 1395956, 1432972, 1670888, 1680857, 1680858, 1757429, 1765574),
-        2: (607677, 607681, 718813, 1038935, 1038936, 1119060, 1367840, 1378491, 1378501, 1396036, 1396037, 1416129, 1471436,
-            1517494, 1591676, 1787564, 1821754)}.items() for number in numbers)
+        1: (1064454, 1118839, 1344822, 1348919, 1366278, 1366284, 1395956, 1432972, 1670888, 1680857, 1680858, 1757429,
+            1765574),
+        2: (607677, 607681, 718813, 1038935, 1038936, 1119060, 1367840, 1378491, 1378501, 1396036, 1396037, 1416129,
+            1471436, 1517494, 1591676, 1787564, 1821754)}.items() for number in numbers)
 
 # %% ../../nbs/archives/03_five_billion_pixels.ipynb #cf7effb5
 FBP_CLASSES: dict[int, str] = {0: "unlabelled", **dict(enumerate(BENCHMARKS["real_fbp_cross_sensor"].classes, 1))}
@@ -49,11 +51,11 @@ FBP_CLASSES: dict[int, str] = {0: "unlabelled", **dict(enumerate(BENCHMARKS["rea
 FBP_COLOURS: dict[int, tuple[int, int, int]] = { # label value -> red, green, blue of the colour labels
     0: (0, 0, 0), **dict(enumerate(BENCHMARKS["real_fbp_cross_sensor"].palette, 1))}
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #fbb3fcc2
-FBP_SURFACES = ("roof metal wet crop soil shrub forest shrub shrub grass grass turbid roof water water water snow soil roof "
-                "grass concrete asphalt concrete metal concrete").split() # unlabelled, then the 24 classes in the fixture
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #536320d9
+FBP_SURFACES = ("roof metal wet crop soil shrub forest shrub shrub grass grass turbid roof water water water snow "
+                "soil roof grass concrete asphalt concrete metal concrete").split() # of the fixture
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #2894e4a9
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #464b89f3
 BORDER = (60, 54, 40, 54) # left, top, right, bottom of a scene, pixels
 
 def write_fbp_scene(
@@ -69,8 +71,8 @@ def write_fbp_scene(
     "One CMYK-tagged scene of near infrared, red, green and blue, and its label."
     left, top, right, bottom = border
     if height <= top + bottom or width <= left + right: raise ValueError(
-        f"a scene of {width} x {height} pixels has nothing inside the border {tuple(border)} (left, top, right, bottom); "
-        f"expected more than {left + right} x {top + bottom}: raise width= and height=, or lower border=")
+        f"a scene of {width} x {height} pixels has nothing inside the border {tuple(border)} (left, top, right, "
+        f"bottom); expected more than {left + right} x {top + bottom}: raise width= and height=, or lower border=")
     path, numbers = Path(path), numbers_of(FBP_SURFACES)
     with _Writer(path, mask, height, width, compress) as out:
         for row in range(0, height, 256):
@@ -99,9 +101,9 @@ def _save(path, array, **more):
 def _load(path):
     with _opened(path) as source: return source.read()
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #5bb5cf06
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #d4dad715
 class _Writer:
-    "Image and label of a scene, as rows come; the label goes through a TIFF, because PNG is written in one go."
+    "Image and label of a scene, row by row."
     def __init__(self, path, mask, height, width, compress):
         size = dict(driver="GTiff", height=height, width=width, dtype="uint8")
         self.mask, self.draft = mask, Path(path).with_suffix(".label.tif")
@@ -137,16 +139,21 @@ C-megacities/
   Image__8bit_NirRGB/  T50TMK_20210929T030539.tif                uint8, CMYK-tagged
   label_dense__color/  T50TMK_20210929T030539_dense.tif          red, green, blue (or an index version, .png)"""
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #bb2e9a2a
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #1abca7fa
 def _painted(ids): return np.array([FBP_COLOURS[i] for i in range(25)], "uint8")[ids].transpose(2, 0, 1)
+
+def _gf2_paths(folder, stem):
+    "8-bit image and index label."
+    return folder / "Image__8bit_NirRGB" / f"{stem}.tif", folder / "Annotation__index" / f"{stem}_24label.png"
 
 def _write_gf2(folder, stems, side, labels, seed):
     "Gaofen-2 scenes in both versions, with both kinds of labels; the black border of the 16-bit version varies."
     for k, stem in enumerate(stems):
-        image, index = folder / "Image__8bit_NirRGB" / f"{stem}.tif", folder / "Annotation__index" / f"{stem}_24label.png"
+        image, index = _gf2_paths(folder, stem)
         for path in (image, index): path.parent.mkdir(parents=True, exist_ok=True)
         left, top, right, bottom = BORDER
-        write_fbp_scene(image, side + top + bottom, side + left + right, index, "deflate", cell=side // 6, seed=seed + k)
+        height, width = side + top + bottom, side + left + right
+        write_fbp_scene(image, height, width, index, "deflate", cell=side // 6, seed=seed + k)
         ids, dark = _load(index)[0], 50 + 5 * (k % 4)
         if k % 2: _save(index, ids) # some are grey images, some have a palette
         if labels != "index": _save(folder / "Annotation__color" / f"{stem}_24label.tif", _painted(ids))
@@ -161,7 +168,8 @@ def _write_gf2(folder, stems, side, labels, seed):
 def _write_cities(folder, scenes, side, labels, seed):
     "City images, annotated in a window."
     for k, stem in enumerate(s for stems in CITY_SCENES.values() for s in stems[:scenes]):
-        image, index = folder / "Image__8bit_NirRGB" / f"{stem}.tif", folder / "label_dense__index" / f"{stem}_dense.png"
+        image = folder / "Image__8bit_NirRGB" / f"{stem}.tif"
+        index = folder / "label_dense__index" / f"{stem}_dense.png"
         for path in (image, index): path.parent.mkdir(parents=True, exist_ok=True)
         write_fbp_scene(image, side + 36, side + 52, index, "deflate", (0, 0, 0, 0), side // 6, seed + 100 + k)
         ids = np.pad(_load(index)[0][10:10 + side, 30:30 + side], ((10, 26), (30, 22)))
@@ -170,7 +178,7 @@ def _write_cities(folder, scenes, side, labels, seed):
             index.unlink()
             _save(folder / "label_dense__color" / f"{stem}_dense.tif", _painted(ids))
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #5f1eb94a
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #5c188abe
 FBP_BROKEN: dict[str, str] = { # what `broken=` does to the first Gaofen-2 scene of a copy
     "truncated": "half of the 8-bit image", "bands": "three bands, as in the older GID data",
     "converted": "opened plainly and saved again: band 4 is all 255", "label": "an index of 30",
@@ -179,7 +187,7 @@ FBP_BROKEN: dict[str, str] = { # what `broken=` does to the first Gaofen-2 scene
     "unlabelled": "a city label that is all 0 (cross-sensor only)"}
 
 def _break(folder, broken, stem):
-    image, index = folder / "Image__8bit_NirRGB" / f"{stem}.tif", folder / "Annotation__index" / f"{stem}_24label.png"
+    image, index = _gf2_paths(folder, stem)
     if broken == "truncated": image.write_bytes(image.read_bytes()[:image.stat().st_size // 2])
     elif broken == "bands": _save(image, _load(image)[:3])
     elif broken == "converted": _save(image, _load(image))
@@ -192,7 +200,7 @@ def _break(folder, broken, stem):
         if broken == "border": ids[:20] = 1
         _save(index, ids[54:-54, 60:-40] if broken == "size" else ids)
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #88bc1557
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #11692dc2
 def write_fbp_cross_region(
     folder: str | Path, # receives Five-Billion-Pixels/
     side: int = 72, # of the annotated area, pixels; 6800 x 7200 in truth
@@ -209,7 +217,8 @@ def write_fbp_cross_region(
     return folder
 
 def _write_fbp(folder, side, scenes, seed, labels, broken):
-    if labels not in ("both", "index", "color"): raise ValueError(f"labels={labels!r}; expected 'both', 'index' or 'color'")
+    if labels not in ("both", "index", "color"): raise ValueError(f"labels={labels!r}; expected 'both', 'index' or "
+                                                                  "'color'")
     if broken in ("label", "size", "border") and labels == "color": raise ValueError(
         f"broken={broken!r} concerns index labels and labels='color' writes none; expected labels='both' or 'index'")
     folder = Path(folder)
@@ -218,13 +227,13 @@ def _write_fbp(folder, side, scenes, seed, labels, broken):
     if broken in list(FBP_BROKEN)[:-2]: _break(folder / "Five-Billion-Pixels", broken, FBP_TEST[0])
     return folder
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #46307352
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #2e89f53d
 def write_fbp_cross_sensor(
     folder: str | Path, # receives Five-Billion-Pixels/ and C-megacities/
     side: int = 72, # of the annotated area, pixels; 6800 x 7200 and about 1000 x 1000 in truth
     scenes: int = 2, # Gaofen-2 scenes, and images per city as far as there are so many
     seed: int = 0, # of the land
-    labels: str = "both", # "both", "index" or "color": which label folders are there; cities have colours unless "index"
+    labels: str = "both", # "both", "index" or "color": which are there; cities have colours unless "index"
     zipped: bool = False, # one zip per folder instead
     broken: str = "", # a key of `FBP_BROKEN`, or nothing
 ) -> Path: # the folder
@@ -299,7 +308,7 @@ def _check_converted(image, area):
         "band 4 is 255 throughout: the CMYK-tagged file was converted by a plain reader and saved again, expected near "
         "infrared, red, green, blue; get the original file")
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #cbb07b03
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #5a7a47d2
 def inside_border(
     border: Sequence[int], # left, top, right, bottom, pixels
     version: str, # "8bit", whose border is white, or "16bit", whose border is black and may reach further in
@@ -314,45 +323,48 @@ def inside_border(
             f"the image is {image.width} x {image.height} pixels, expected more than {said}: set border=")
         marked = _labelled(mask, layout)
         if marked and _common(marked, inner) != marked: raise ValueError(
-            f"labels reach over rows {marked[0]}..{marked[0] + marked[2] - 1}, columns {marked[1]}..{marked[1] + marked[3] - 1}, "
-            f"beyond the area inside {said}: set border= to what is true of these files")
+            f"labels reach over rows {marked[0]}..{marked[0] + marked[2] - 1}, columns "
+            f"{marked[1]}..{marked[1] + marked[3] - 1}, beyond the area inside {said}: set border= to what is true "
+            "of these files")
         if version == "8bit": _check_converted(image, inner)
         elif lit := _bounds(image, lambda window: image.read(window=window).any(0)): inner = _common(inner, lit)
         return inner
     return area
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #6d8f3124
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #1f3cdd8a
 def around_labels(
     crop: int, # side of the square, pixels; 0: the whole image
 ) -> Callable: # for `Layout.area`
     "A square around what is annotated in a city image."
     def area(image, mask, layout):
         marked = _labelled(mask, layout)
-        if marked is None: raise ValueError("the label has no labelled pixel, expected an annotated window; get it again, or "
-                                            "name the scene in skip=")
+        if marked is None: raise ValueError("the label has no labelled pixel, expected an annotated window; get it "
+                                            "again, or name the scene in skip=")
         _check_converted(image, (0, 0, *image.shape))
         if not crop: return 0, 0, *image.shape
         if max(marked[2:]) > crop: notice(
-            f"{Path(image.name).stem}: the annotation is {marked[2]} x {marked[3]} pixels (height, width) and crop={crop} leaves "
-            "some of it out; crop=0 keeps the whole image")
+            f"{Path(image.name).stem}: the annotation is {marked[2]} x {marked[3]} pixels (height, width) and "
+            f"crop={crop} leaves some of it out; crop=0 keeps the whole image")
         sizes = [min(crop, n) for n in image.shape]
         starts = [min(max(at + n // 2 - size // 2, 0), whole - size)
                   for at, n, size, whole in zip(marked, marked[2:], sizes, image.shape)]
         return *starts, *sizes
     return area
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #a43cf80c
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #85761b03
 def _border(text):
     numbers = text.replace(" ", "").split(",")
     if len(numbers) != 4 or not all(n.isdigit() for n in numbers): raise ValueError(
-        f"option border={text!r}; expected four numbers of pixels, left,top,right,bottom, such as {','.join(map(str, BORDER))}")
+        f"option border={text!r}; expected four numbers of pixels, left,top,right,bottom, such as "
+        f"{','.join(map(str, BORDER))}")
     return tuple(map(int, numbers))
 
 def _coding(mask, version, area):
     "Layout of a scene whose label is an index or a colour file."
     bands = ("nir", "red", "green", "blue") if version == "8bit" else ("blue", "green", "red", "nir")
     colours = FBP_COLOURS if _kind(mask, _FBP_NAME.fullmatch(mask.path.name)) == "color" else {}
-    return Layout(bands, FBP_CLASSES, colours, ("uint8",) if version == "8bit" else ("uint16",), version == "8bit", area)
+    dtypes = ("uint8",) if version == "8bit" else ("uint16",)
+    return Layout(bands, FBP_CLASSES, colours, dtypes, version == "8bit", area)
 
 def gf2_scenes(
     files: Mapping[str, Mapping[str, Member]], # from `fbp_files`
@@ -364,13 +376,13 @@ def gf2_scenes(
     gf2 = lambda found: {k: m for k, m in found.items() if k.startswith("GF2")}
     images, area = gf2(files[version]), inside_border(_border(chosen["border"]), version)
     if not images and gf2(files[other]): raise FileNotFoundError(
-        f"Five-Billion-Pixels: no {version} image of Gaofen-2, but {len(gf2(files[other]))} of the {other} version; get the "
-        f"folder of the {version} images, or choose version={other}")
+        f"Five-Billion-Pixels: no {version} image of Gaofen-2, but {len(gf2(files[other]))} of the {other} version; "
+        f"get the folder of the {version} images, or choose version={other}")
     masks = gf2({**files["color"], **files["index"]})
     return [Scene(domain(stem), stem, image, mask, _coding(mask, version, area)) for stem, image, mask
             in pair_up(images, masks, "Five-Billion-Pixels", chosen["skip"], lone="leave out")]
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #52f979fc
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #0f81b826
 def city_scenes(
     files: Mapping[str, Mapping[str, Member]], # from `fbp_files`
     chosen: Mapping[str, object], # options
@@ -380,101 +392,112 @@ def city_scenes(
     images, masks = ({k: m for k, m in found.items() if not k.startswith("GF2")}
                      for found in (files["8bit"], {**files["color"], **files["index"]}))
     if odd := sorted(set(images) - set(city) - set(chosen["skip"])): raise ValueError(
-        f"C-megacities: {len(odd)} images belong to none of the five cities ({few(odd)}), expected {len(city)} known ones; move "
-        f"them elsewhere or name them in skip=. {nearest(odd[0], city)}")
+        f"C-megacities: {len(odd)} images belong to none of the five cities ({few(odd)}), expected {len(city)} known "
+        f"ones; move them elsewhere or name them in skip=. {nearest(odd[0], city)}")
     area = around_labels(chosen["crop"])
     return [Scene(city[stem], stem, image, mask, _coding(mask, "8bit", area))
             for stem, image, mask in pair_up(images, masks, "C-megacities", chosen["skip"], lone="leave out")]
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #9f385383
-def _cross_sensor(members, chosen):
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #22d737a3
+def cross_sensor_scenes(
+    members: Sequence[Member], # all files there are
+    chosen: Mapping[str, object], # options of `FBP_CROSS_SENSOR`
+) -> list[Scene]: # of Gaofen-2 and of five cities
+    "Gaofen-2 scenes as the source, each city as a target."
     if chosen["version"] == "16bit": notice(
-        "version=16bit: the source has 16 bits and the cities exist with 8 only; a model trained on one sees numbers of another "
-        "scale in the other")
+        "version=16bit: the source has 16 bits and the cities exist with 8 only; a model trained on one sees numbers "
+        "of another scale in the other")
     if chosen["crop"] < 0:
-        raise ValueError(f"option crop={chosen['crop']}; expected 1024, another number of pixels, or 0 for whole images")
+        raise ValueError(f"option crop={chosen['crop']}; expected 1024, another number of pixels, or 0 for whole "
+                         "images")
     files = fbp_files(members, _FBP_TREE + _CITY_TREE)
     return gf2_scenes(files, chosen, lambda stem: "gf2") + city_scenes(files, chosen)
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #d6c63f53
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #ef76fe1f
 _FBP_OPTIONS = {
-    "version": Option("8bit", "of the Gaofen-2 images: 8bit (near infrared, red, green, blue, stretched; what the "
-        "released code uses) or "
-                      "16bit (blue, green, red, near infrared, raw)", ("8bit", "16bit")),
-    "border": Option(",".join(map(str, BORDER)), "pixels cut from the Gaofen-2 scenes: left,top,right,bottom; 0,0,0,0 cuts nothing; scenes of "
-                     "7200 x 6800 pixels have no border any more and stay whole")}
+    "version": Option("8bit",
+        "of the Gaofen-2 images: 8bit (near infrared, red, green, blue, stretched; what the authors' code uses) or "
+        "16bit (blue, green, red, near infrared, raw)", ("8bit", "16bit")),
+    "border": Option(",".join(map(str, BORDER)),
+        "pixels cut from the Gaofen-2 scenes: left,top,right,bottom; 0,0,0,0 cuts nothing; scenes of 7200 x 6800 "
+        "pixels have no border any more and stay whole")}
 _FBP_FACTS = dict(
     home="https://x-ytong.github.io/project/Five-Billion-Pixels.html",
     licence="UNCONFIRMED: the authors call it open source and name no licence",
     citation="X.-Y. Tong, G.-S. Xia, X. X. Zhu, Enabling country-scale land cover mapping with meter-resolution "
-        "satellite imagery, "
-             "ISPRS Journal of Photogrammetry and Remote Sensing 196 (2023) 178-196")
+             "satellite imagery, ISPRS Journal of Photogrammetry and Remote Sensing 196 (2023) 178-196")
 _FBP_ARCHIVES = {
-    "Image__8bit_NirRGB/": "150 scenes, 7300 x 6908, uint8, CMYK-tagged", "Image_16bit_BGRNir/": "the same, uint16, "
-        "only for version=16bit",
-    "Annotation__index/": "150 index labels, 0..24", "Annotation__color/": "150 colour labels, used where an index "
-        "label is missing"}
+    "Image__8bit_NirRGB/": "150 scenes, 7300 x 6908, uint8, CMYK-tagged",
+    "Image_16bit_BGRNir/": "the same, uint16, only for version=16bit",
+    "Annotation__index/": "150 index labels, 0..24",
+    "Annotation__color/": "150 colour labels, used where an index label is missing"}
 _FBP_TRAPS = (
     "The 8-bit images are tagged CMYK: opened plainly, GDAL converts them and band 4 is 255 throughout.",
     "The annotated area sits in a border, white in 8 bits, black and of varying width in 16 bits.",
     "The 16-bit version has another band order: blue, green, red, near infrared.",
     "The class list in the authors' adaptation code (DPA/evaluate.py) has another order than the index labels.",
     "GID-15 shares scenes with it and has other labels and three bands; its files do not belong here.",
-    "Released tiles are filled up with zeros at the right and bottom, which lowers the released means; tiles here end "
-        "where the scene does.")
+    "Tiles of SpectralMoE's authors are filled up with zeros at the right and bottom, which lowers their means; "
+    "tiles here end where the scene does.")
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #5edcfe26
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #26238c35
 FBP_CROSS_SENSOR = Recipe(
-    "fbp_cross_sensor", "real_fbp_cross_sensor", **_FBP_FACTS, scenes=_cross_sensor, tree=_FBP_TREE + _CITY_TREE,
+    "fbp_cross_sensor", "real_fbp_cross_sensor", **_FBP_FACTS, scenes=cross_sensor_scenes, tree=_FBP_TREE + _CITY_TREE,
     access="two shared folders, linked from the home page, no registration: Five-Billion-Pixels and C-megacities "
-        "(Google Drive, or Baidu with "
-           "codes FBPS and MGCT). Whether files in them are zipped is UNCONFIRMED; both are read",
-    archives={**_FBP_ARCHIVES, "C-megacities/": "22 images of five cities, CMYK-tagged, and their dense labels (an "
-        "index version is UNCONFIRMED)"},
-    options={**_FBP_OPTIONS, "crop": Option(1024, "side of the square cut around the annotation of a city image, 0 for "
-        "the whole image. "
-        "DERIVED: the released preparation cuts 1024, hence 4 tiles per image and 88 in all; that every image has a "
-            "dense label is UNCONFIRMED")},
+           "(Google Drive, or Baidu with codes FBPS and MGCT). Whether files in them are zipped is UNCONFIRMED; both "
+           "are read",
+    archives={**_FBP_ARCHIVES, "C-megacities/":
+              "22 images of five cities, CMYK-tagged, and their dense labels (an index version is UNCONFIRMED)"},
+    options={**_FBP_OPTIONS, "crop": Option(1024,
+        "side of the square cut around the annotation of a city image, 0 for the whole image. DERIVED: the authors' "
+        "preparation cuts 1024, hence 4 tiles per image and 88 in all; that every image has a dense label is "
+        "UNCONFIRMED")},
     expected={"gf2": 31500, "beijing": 4, "guangzhou": 4, "wuhan": 16, "chengdu": 32, "shanghai": 32},
-    traps=(*_FBP_TRAPS, "City labels carry _dense in their names; the released scripts pair by equal names and skip "
-        "them.",
-           "The released code reads colour labels as brightness if no index version is there.",
-           "The released code feeds one list of wavelengths for all four cameras."))
+    traps=(*_FBP_TRAPS,
+           "City labels carry _dense in their names; the authors' scripts pair by equal names and skip them.",
+           "The authors' code reads colour labels as brightness if no index version is there.",
+           "The authors' code feeds one list of wavelengths for all four cameras."))
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #e5ee4ea6
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #a0277ce8
 def _target_stems(given, known):
     "Scene names from an option: a list, or one text file with a name per line."
     if len(given) == 1 and given[0].endswith(".txt"):
         path = Path(given[0]).expanduser()
-        if not path.is_file(): raise FileNotFoundError(f"option targets={given[0]!r}: there is no such file; expected "
-            f"one scene name per line")
+        if not path.is_file():
+            raise FileNotFoundError(f"option targets={given[0]!r}: there is no such file; expected one scene name "
+                                    "per line")
         given = [line for line in path.read_text(encoding="utf-8-sig").splitlines()
                  if line.strip() and not line.startswith("#")]
     names = [Path(n.strip()).name for n in given]
     stems = [re.sub(r"(_24label)?\.(tiff?|png)$", "", n) for n in names]
     if lost := [s for s in stems if s not in known]: raise ValueError(
-        f"option targets: {len(lost)} of {len(stems)} scenes are not there ({few(lost)}), expected names of the {len(known)} "
-        f"Gaofen-2 scenes that are: correct them, or get the other scenes (targets=a,b or targets=list.txt). {nearest(lost[0], known)}")
+        f"option targets: {len(lost)} of {len(stems)} scenes are not there ({few(lost)}), expected names of the "
+        f"{len(known)} Gaofen-2 scenes that are: correct them, or get the other scenes (targets=a,b or "
+        f"targets=list.txt). {nearest(lost[0], known)}")
     return set(stems)
 
-def _cross_region(members, chosen):
+def cross_region_scenes(
+    members: Sequence[Member], # all files there are
+    chosen: Mapping[str, object], # options of `FBP_CROSS_REGION`
+) -> list[Scene]: # of Gaofen-2
+    "The scenes that were chosen as the target, all others as the source."
     files = fbp_files(members, _FBP_TREE)
     known = {k for k in files[chosen["version"]] if k.startswith("GF2")} - set(chosen["skip"])
     if not known: return gf2_scenes(files, chosen, str)
     targets = _target_stems(chosen["targets"], known)
     if not targets or targets == known: raise ValueError(
-        f"option targets names {len(targets)} of {len(known)} scenes; expected at least one, and at least one left to train on")
+        f"option targets names {len(targets)} of {len(known)} scenes; expected at least one, and at least one left "
+        "to train on")
     return gf2_scenes(files, chosen, lambda stem: "gf2_target" if stem in targets else "gf2_source")
 
-# %% ../../nbs/archives/03_five_billion_pixels.ipynb #c1607c48
+# %% ../../nbs/archives/03_five_billion_pixels.ipynb #53ca98a5
 FBP_CROSS_REGION = Recipe(
-    "fbp_cross_region", "real_fbp_cross_region", **_FBP_FACTS, scenes=_cross_region, tree=_FBP_TREE, archives=_FBP_ARCHIVES,
+    "fbp_cross_region", "real_fbp_cross_region", **_FBP_FACTS, scenes=cross_region_scenes, tree=_FBP_TREE,
+    archives=_FBP_ARCHIVES,
     access="a shared folder, linked from the home page, no registration (Google Drive, or Baidu with code FBPS). "
-        "Whether files in it are zipped "
-           "is UNCONFIRMED; both are read",
-    options={**_FBP_OPTIONS, "targets": Option(list(FBP_TEST[:24]), "scenes of the target, as a,b or as list.txt with "
-        "one per line; all others are "
-        "the source. UNCONFIRMED: the 24 scenes of the paper are not published; the default is the first 24 of the 30 "
-            "test scenes of the data "
-        "set's own baselines, which gives the paper's counts of 126 and 24, not its geography")},
+           "Whether files in it are zipped is UNCONFIRMED; both are read",
+    options={**_FBP_OPTIONS, "targets": Option(list(FBP_TEST[:24]),
+        "scenes of the target, as a,b or as list.txt with one per line; all others are the source. UNCONFIRMED: the 24 "
+        "scenes of the paper are not published; the default is the first 24 of the 30 test scenes of the data set's "
+        "own baselines, which gives the paper's counts of 126 and 24, not its geography")},
     expected={"gf2_source": 126 * 210, "gf2_target": 24 * 210}, traps=_FBP_TRAPS)

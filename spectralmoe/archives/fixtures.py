@@ -31,9 +31,10 @@ def patchwork(
     j = (c + cell / 4 * np.sin(r / cell * 1.7)) // cell
     return order[(i * k + j).astype("int32") % classes].astype("uint8")
 
-# %% ../../nbs/archives/01_fixtures.ipynb #f95ca2f7
+# %% ../../nbs/archives/01_fixtures.ipynb #4ada4bd2
 SURFACES: dict[str, tuple[int, int, int, int]] = { # near infrared, red, green, blue, 8 bit; chosen
-    "metal": (140, 160, 165, 170), "roof": (120, 140, 110, 100), "concrete": (130, 150, 145, 140), "asphalt": (80, 88, 86, 84),
+    "metal": (140, 160, 165, 170), "roof": (120, 140, 110, 100), "concrete": (130, 150, 145, 140),
+    "asphalt": (80, 88, 86, 84),
     "soil": (140, 125, 100, 80), "crop": (190, 80, 95, 70), "wet": (120, 55, 72, 62), "grass": (205, 90, 112, 80),
     "shrub": (170, 70, 85, 65), "forest": (160, 45, 60, 50), "water": (25, 40, 55, 62), "turbid": (38, 84, 86, 74),
     "snow": (220, 235, 235, 235), "car": (70, 60, 66, 168)}
@@ -42,7 +43,8 @@ def numbers_of(
     surfaces: Sequence[str], # one of `SURFACES` per class
 ) -> np.ndarray: # (classes, 4) int16 numbers in near infrared, red, green, blue
     "What the classes look like."
-    return np.array([SURFACES[s] for s in surfaces], "int16") + (np.arange(len(surfaces)) * 7 % 17 - 8)[:, None].astype("int16")
+    apart = (np.arange(len(surfaces)) * 7 % 17 - 8).astype("int16") # of classes of one surface
+    return np.array([SURFACES[s] for s in surfaces], "int16") + apart[:, None]
 
 def image_of(
     ids: np.ndarray, # (h, w) class numbers
@@ -51,7 +53,8 @@ def image_of(
 ) -> np.ndarray: # (bands, h, w) uint8 of 1..254: 255 is left to borders, 0 to what is missing
     "A noisy image of a map."
     noise = np.random.default_rng(seed).integers(-9, 10, (numbers.shape[1] + 1, *ids.shape), "int8")
-    return np.stack([(n[ids] + noise[0] + own // 2).clip(1, 254) for n, own in zip(numbers.T, noise[1:])]).astype("uint8")
+    bands = [(n[ids] + noise[0] + own // 2).clip(1, 254) for n, own in zip(numbers.T, noise[1:])]
+    return np.stack(bands).astype("uint8")
 
 # %% ../../nbs/archives/01_fixtures.ipynb #68c05cb6
 AERIAL = ("soil", "grass", "concrete", "asphalt", "forest", "water", "crop", "roof", "car") # surfaces by class number
@@ -94,7 +97,7 @@ def pack_folders(
         write_zips(folder, {f"{inner.name}.zip": contents})
         shutil.rmtree(inner)
 
-# %% ../../nbs/archives/01_fixtures.ipynb #bc7cf092
+# %% ../../nbs/archives/01_fixtures.ipynb #646bc4b0
 def check_fixture(
     broken: str, # kind of damage asked for; "": none
     known: Iterable[str], # kinds there are
@@ -106,5 +109,5 @@ def check_fixture(
     "Refuses arguments of a fixture."
     if broken and broken not in known: raise ValueError(f"broken={broken!r}; expected '' or one of {few(known)}")
     if side < least or not 1 <= scenes <= most: raise ValueError(
-        f"side={side}, scenes={scenes}; expected a side of {least} pixels or more (smaller ones do not hold every class) and "
-        f"1 to {most} scenes")
+        f"side={side}, scenes={scenes}; expected a side of {least} pixels or more (smaller ones do not hold every "
+        f"class) and 1 to {most} scenes")

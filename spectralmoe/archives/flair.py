@@ -20,24 +20,26 @@ from .recipes import (
 from ..benchmarks import BENCHMARKS
 from ..files import few, nearest
 
-# %% ../../nbs/archives/04_flair.ipynb #15c17903
+# %% ../../nbs/archives/04_flair.ipynb #c2f4aba6
 FLAIR_TRAIN: tuple[str, ...] = tuple( # the 40 departments of training and validation, with the year
-    """D004_2021 D006_2020 D007_2020 D008_2019 D009_2019 D013_2020 D014_2020 D016_2020 D017_2018 D021_2020 D023_2020 D029_2021 D030_2021
-    D031_2019 D032_2019 D033_2021 D034_2021 D035_2020 D038_2021 D041_2021 D044_2020 D046_2019 D049_2020 D051_2019 D052_2019 D055_2018
-    D058_2020 D060_2021 D063_2019 D066_2021 D067_2021 D070_2020 D072_2019 D074_2020 D077_2021 D078_2021 D080_2021 D081_2020 D086_2020
-    D091_2021""".split())
+    """D004_2021 D006_2020 D007_2020 D008_2019 D009_2019 D013_2020 D014_2020 D016_2020 D017_2018 D021_2020 D023_2020
+    D029_2021 D030_2021 D031_2019 D032_2019 D033_2021 D034_2021 D035_2020 D038_2021 D041_2021 D044_2020 D046_2019
+    D049_2020 D051_2019 D052_2019 D055_2018 D058_2020 D060_2021 D063_2019 D066_2021 D067_2021 D070_2020 D072_2019
+    D074_2020 D077_2021 D078_2021 D080_2021 D081_2020 D086_2020 D091_2021""".split())
 
 # %% ../../nbs/archives/04_flair.ipynb #429ef5e3
 FLAIR_TEST: dict[str, int] = { # the ten departments of the test of FLAIR #1 -> patches
     "D012_2019": 1750, "D022_2021": 500, "D026_2020": 1825, "D064_2021": 1775, "D068_2021": 1775,
     "D071_2020": 1800, "D075_2021": 750, "D076_2019": 1750, "D083_2020": 2025, "D085_2019": 1750}
 
-# %% ../../nbs/archives/04_flair.ipynb #17f35c6c
-FLAIR_CLASSES: dict[int, str] = dict(enumerate((*BENCHMARKS["real_flair"].classes, "swimming pool", "snow", "clear cut", "mixed",
-                                                "ligneous", "greenhouse", "other"), 1))
+# %% ../../nbs/archives/04_flair.ipynb #51dc59dc
+FLAIR_CLASSES: dict[int, str] = dict(enumerate((
+    *BENCHMARKS["real_flair"].classes, "swimming pool", "snow", "clear cut", "mixed", "ligneous", "greenhouse",
+    "other"), 1))
 
-# %% ../../nbs/archives/04_flair.ipynb #52f9124b
-_FLAIR_TREE = """flair_aerial_train/D004_2021/Z10_AU/img/IMG_000826.tif    uint8: red, green, blue, near infrared, elevation
+# %% ../../nbs/archives/04_flair.ipynb #948565c8
+_FLAIR_TREE = """\
+flair_aerial_train/D004_2021/Z10_AU/img/IMG_000826.tif    uint8: red, green, blue, near infrared, elevation
 flair_labels_train/D004_2021/Z10_AU/msk/MSK_000826.tif    uint8: 1..19
 flair_1_aerial_test/D012_2019/Z10_UU/img/IMG_062613.tif
 flair_1_labels_test/D012_2019/Z10_UU/msk/MSK_062613.tif"""
@@ -45,7 +47,7 @@ _SURFACES = ("roof soil asphalt soil water forest forest shrub crop grass crop s
              "concrete").split() # of the 19 classes, in the fixture
 _HEIGHTS = {"roof": 8, "forest": 14, "shrub": 2, "metal": 5} # metres
 
-# %% ../../nbs/archives/04_flair.ipynb #6be48f5f
+# %% ../../nbs/archives/04_flair.ipynb #ff12850d
 FLAIR_BROKEN: dict[str, str] = { # what `broken=` does to a copy
     "truncated": "half of one image", "bands": "an image of four bands",
     "label": "a mask with ids from 0, as FLAIR-HUB has them", "missing_mask": "an image without mask",
@@ -56,9 +58,11 @@ FLAIR_BROKEN: dict[str, str] = { # what `broken=` does to a copy
 def _flair_paths(mirror, department, number, edition=1):
     "Image and mask of a patch, in an archive or the folder it unpacks to."
     train = department in FLAIR_TRAIN
-    if mirror: parts = [Path("data", "train-val" if train else f"flair#{edition}-test", department, k) for k in ("aerial", "labels")]
-    else: parts = [Path(f"flair_{k}_train" if train else f"flair_{edition}_{k}_test", department) for k in ("aerial", "labels")]
-    return parts[0] / "Z1_UU" / "img" / f"IMG_{number:06d}.tif", parts[1] / "Z1_UU" / "msk" / f"MSK_{number:06d}.tif"
+    def path(kind, folder, name):
+        if mirror: top = Path("data", "train-val" if train else f"flair#{edition}-test", department, kind)
+        else: top = Path(f"flair_{kind}_train" if train else f"flair_{edition}_{kind}_test", department)
+        return top / "Z1_UU" / folder / f"{name}_{number:06d}.tif"
+    return path("aerial", "img", "IMG"), path("labels", "msk", "MSK")
 
 def _flair_patch(side, seed, number=1, bands=5, first=1):
     "Image and mask of a patch, as the bytes of two files."
@@ -67,9 +71,10 @@ def _flair_patch(side, seed, number=1, bands=5, first=1):
     nir, red, green, blue = image_of(ids, numbers_of(_SURFACES), seed)
     height = np.array([5 * _HEIGHTS.get(s, 0) for s in _SURFACES], "uint8")[ids]
     place = dict(crs="EPSG:2154", transform=from_origin(600000 + 110 * number, 6600000, 0.2, 0.2), compress="deflate")
-    return [raster_bytes(array, **place) for array in (np.stack([red, green, blue, nir, height])[:bands], ids[None] + first)]
+    image = np.stack([red, green, blue, nir, height])[:bands]
+    return [raster_bytes(array, **place) for array in (image, ids[None] + first)]
 
-# %% ../../nbs/archives/04_flair.ipynb #08109d45
+# %% ../../nbs/archives/04_flair.ipynb #52a7c3d5
 def write_flair(
     folder: str | Path, # receives the archives
     side: int = 36, # of a patch, pixels; 512 in truth
@@ -81,7 +86,8 @@ def write_flair(
 ) -> Path: # the folder
     "A tiny copy of FLAIR #1: all 50 departments."
     check_fixture(broken, FLAIR_BROKEN, side, 30, scenes)
-    first = {d: 1 + 1000 * k for k, d in enumerate(FLAIR_TRAIN)} | {d: 61713 + 1000 * k for k, d in enumerate(FLAIR_TEST)}
+    first = {d: start + 1000 * k for start, listed in ((1, FLAIR_TRAIN), (61713, FLAIR_TEST))
+             for k, d in enumerate(listed)}
     files = {}
     for department, number in ((d, n + k) for d, n in first.items() for k in range(scenes)):
         files |= zip(_flair_paths(mirror, department, number), _flair_patch(side, seed + number, number))
@@ -102,10 +108,11 @@ def _break_flair(files, broken, mirror, side):
     elif broken == "name": files[image.with_name("IMG_1.tif")] = files.pop(image)
     elif broken == "number": files |= zip(_flair_paths(mirror, "D012_2019", 80000), _flair_patch(side, 0))
     elif broken == "department": files |= zip(_flair_paths(mirror, "D099_2020", 71712), _flair_patch(side, 0))
-    elif broken == "second_test": files |= zip(_flair_paths(mirror, "D022_2021", 62713, edition=2), _flair_patch(side, 5))
+    elif broken == "second_test":
+        files |= zip(_flair_paths(mirror, "D022_2021", 62713, edition=2), _flair_patch(side, 5))
     else: files[Path("D004-2021_AERIAL_RGBI", "AA-S1-32", "D004-2021_AERIAL_RGBI_AA-S1-32_1-1.tif")] = files[image]
 
-# %% ../../nbs/archives/04_flair.ipynb #c8eba1f4
+# %% ../../nbs/archives/04_flair.ipynb #b2423d55
 _FLAIR_NAME = re.compile(r"/(D\d{3}_\d{4})/(?:(?:aerial|labels)/)?(Z\d+_[A-Z]{2})/(img/IMG|msk/MSK)_(\d{6})\.tif$")
 _FLAIR_LIKE = re.compile(r"/(?:IMG|MSK)_[^/]*\.tiff?$", re.I)
 _FLAIR_SECOND = re.compile(r"flair[-_#]?2[-_](?:\w+_)?test", re.I)
@@ -119,18 +126,18 @@ def flair_files(
     for member in members:
         where = member.where
         if _FLAIR_HUB.search(where): raise ValueError(
-            f"{member.label} is of FLAIR-HUB, expected FLAIR #1: its classes have other numbers and its elevation other files; "
-            "move it elsewhere")
+            f"{member.label} is of FLAIR-HUB, expected FLAIR #1: its classes have other numbers and its elevation "
+            "other files; move it elsewhere")
         named = _FLAIR_NAME.search(where)
         if named and _FLAIR_SECOND.search(where): second.append(member.label)
         elif named: kinds[named[3]].append(((named[1], named[2], named[4]), member))
         elif _FLAIR_LIKE.search(where): odd.append(member)
-    if second: notice(f"FLAIR: {len(second)} files of the test of FLAIR #2 are left out ({few(second[:1])}, ...): it shares names "
-                      "of departments with the test of FLAIR #1 and holds other patches")
+    if second: notice(f"FLAIR: {len(second)} files of the test of FLAIR #2 are left out ({few(second[:1])}, ...): it "
+                      "shares names of departments with the test of FLAIR #1 and holds other patches")
     refuse_names("FLAIR", odd, f"names as in\n{_FLAIR_TREE}\n")
     return [keyed(rows, "FLAIR") for rows in kinds.values()]
 
-# %% ../../nbs/archives/04_flair.ipynb #cac6eb0a
+# %% ../../nbs/archives/04_flair.ipynb #4d371325
 _DEPARTMENTS = (*FLAIR_TRAIN, *FLAIR_TEST)
 
 def check_numbers(
@@ -138,22 +145,23 @@ def check_numbers(
 ) -> None: # raises ValueError
     "Refuses departments of no list, and patches of another edition among those of FLAIR #1."
     if odd := sorted({d for d, *_ in images} - set(_DEPARTMENTS)): raise ValueError(
-        f"FLAIR: {few(odd)} in no list of departments of FLAIR #1, expected the 40 of training and the 10 of the test: is it of "
-        f"another edition? Move it elsewhere. {_closest(odd[0])}")
+        f"FLAIR: {few(odd)} in no list of departments of FLAIR #1, expected the 40 of training and the 10 of the "
+        f"test: is it of another edition? Move it elsewhere. {_closest(odd[0])}")
     for department, zone, number in images:
         low, high = (1, 61712) if department in FLAIR_TRAIN else (61713, 77412)
         if not low <= int(number) <= high: raise ValueError(
             f"FLAIR: {department}/{zone}/IMG_{number} is numbered outside {low}..{high}, which FLAIR #1 uses for its "
-            f"{'training' if high == 61712 else 'test'}: patches of another edition were mixed in; unpack each edition into a "
-            "folder of its own")
+            f"{'training' if high == 61712 else 'test'}: patches of another edition were mixed in; unpack each "
+            "edition into a folder of its own")
     counts = Counter(d for d, *_ in images)
-    if more := [f"{d} has {counts[d]} patches, published are {n}" for d, n in FLAIR_TEST.items() if counts[d] > n]: raise ValueError(
+    if more := [f"{d} has {counts[d]} patches, published are {n}" for d, n in FLAIR_TEST.items()
+                if counts[d] > n]: raise ValueError(
         f"FLAIR: {few(more, 3)}: the tests of FLAIR #1 and #2 were mixed; unpack each into a folder of its own")
 
 def _closest(department): # same place in another year first
     return nearest(department, [d for d in _DEPARTMENTS if d[:4] == department[:4]] or _DEPARTMENTS)
 
-# %% ../../nbs/archives/04_flair.ipynb #68923215
+# %% ../../nbs/archives/04_flair.ipynb #45b9be99
 def domains_of(
     chosen: Mapping[str, object], # options: source and target
     there: Iterable[str], # departments that were found
@@ -162,12 +170,15 @@ def domains_of(
     for name in ("source", "target"):
         listed = chosen[name]
         if odd := [d for d in listed if d not in _DEPARTMENTS]: raise ValueError(
-            f"option {name}: no department {few(odd)} in FLAIR #1; expected names such as D004_2021. {_closest(odd[0])}")
+            f"option {name}: no department {few(odd)} in FLAIR #1; expected names such as D004_2021. "
+            f"{_closest(odd[0])}")
         if lost := [d for d in listed if d not in there]: raise FileNotFoundError(
-            f"FLAIR: {len(lost)} of the {len(listed)} departments of the {name} are not there ({few(lost)}). Expected, as downloaded "
-            f"or unpacked:\n{_FLAIR_TREE}\nGet them, or name those you have: {name}=D004_2021,...")
+            f"FLAIR: {len(lost)} of the {len(listed)} departments of the {name} are not there ({few(lost)}). "
+            f"Expected, as downloaded or unpacked:\n{_FLAIR_TREE}\nGet them, or name those you have: "
+            f"{name}=D004_2021,...")
     if both := sorted({d[:4] for d in chosen["source"]} & {d[:4] for d in chosen["target"]}): raise ValueError(
-        f"FLAIR: {few(both)} in source and target; expected every department on one side only: take it out of source= or target=")
+        f"FLAIR: {few(both)} in source and target; expected every department on one side only: take it out of "
+        "source= or target=")
     return {d: f"{name}_departments" for name in ("source", "target") for d in chosen[name]}
 
 # %% ../../nbs/archives/04_flair.ipynb #c8970e7e
@@ -184,22 +195,25 @@ def flair_scenes(
     return [Scene(domains[name[:9]], name, image, mask, layout, name[:9])
             for name, image, mask in pair_up(images, masks, "FLAIR", chosen["skip"], lone="leave out")]
 
-# %% ../../nbs/archives/04_flair.ipynb #2f4134ef
+# %% ../../nbs/archives/04_flair.ipynb #2364d778
 FLAIR = Recipe(
-    "flair", "real_flair", home="https://ignf.github.io/FLAIR/FLAIR1/flair_1.html", scenes=flair_scenes, tree=_FLAIR_TREE,
+    "flair", "real_flair", home="https://ignf.github.io/FLAIR/FLAIR1/flair_1.html", scenes=flair_scenes,
+    tree=_FLAIR_TREE,
     licence="Licence Ouverte / Open Licence 2.0 (Etalab)",
-    access="from the home page, or IGNF/FLAIR on Hugging Face (data/train-val and data/flair#1-test, one zip per department; "
-           "their inner tree is UNCONFIRMED), no registration",
-    archives={"flair_aerial_train.zip": "61712 images, 50.7 GB; that its md5 in the FLAIR #2 release is that of #1 is UNCONFIRMED",
+    access="from the home page, or IGNF/FLAIR on Hugging Face (data/train-val and data/flair#1-test, one zip per "
+           "department; their inner tree is UNCONFIRMED), no registration",
+    archives={"flair_aerial_train.zip": "61712 images, 50.7 GB; that its md5 in the FLAIR #2 release is that of #1 "
+                                        "is UNCONFIRMED",
               "flair_labels_train.zip": "their masks, 485 MB; md5 as above",
               "flair_1_aerial_test.zip": "15700 images, 13.4 GB", "flair_1_labels_test.zip": "their masks, 124 MB"},
-    md5={"flair_aerial_train.zip": "0f575b360800f58add19c08f05e18429", "flair_labels_train.zip": "80d3cd2ee117a61128faa08cbb842c0c"},
+    md5={"flair_aerial_train.zip": "0f575b360800f58add19c08f05e18429",
+         "flair_labels_train.zip": "80d3cd2ee117a61128faa08cbb842c0c"},
     sizes={"flair_aerial_train.zip": 50.7e9, "flair_labels_train.zip": 485e6, "flair_1_aerial_test.zip": 13.4e9,
            "flair_1_labels_test.zip": 124e6},
     options={"source": Option(list(FLAIR_TRAIN),
-                 "departments of the source; the default is all of training and validation, 61712 patches, which is what the "
-                 "released schedule counts (DERIVED). Of the official validation list two versions exist, with D070_2020 or "
-                 "D077_2021"),
+                 "departments of the source; the default is all of training and validation, 61712 patches, which is "
+                 "what the released schedule counts (DERIVED). Of the official validation list two versions exist, "
+                 "with D070_2020 or D077_2021"),
              "target": Option(list(FLAIR_TEST),
                  "departments of the target; UNCONFIRMED: the default is the test of FLAIR #1, its only other labelled "
                  "departments, 15700 patches")},
@@ -208,6 +222,6 @@ FLAIR = Recipe(
            "Images have five bands; the fifth is elevation, not light.",
            "Images and masks have different stems, IMG_ and MSK_.",
            "FLAIR-HUB counts its classes from 0 in another order.",
-           "The released augmentation takes the first band for near infrared, and here it is red; its DINOv3 backbone gives "
-           "green, blue and near infrared to the depth model."),
+           "The released augmentation takes the first band for near infrared, and here it is red; its DINOv3 "
+           "backbone gives green, blue and near infrared to the depth model."),
     citation="A. Garioud et al., FLAIR #1: semantic segmentation and domain adaptation dataset, arXiv 2211.12979")

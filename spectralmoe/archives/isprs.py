@@ -18,20 +18,22 @@ from .recipes import (
     Layout, Member, Option, Recipe, Scene, keyed, matching, pair_up, raster_bytes, refuse_names)
 from ..files import few
 
-# %% ../../nbs/archives/07_isprs.ipynb #59378662
+# %% ../../nbs/archives/07_isprs.ipynb #349816ad
 POTSDAM_AREAS = tuple("2_10 2_11 2_12 2_13 2_14 3_10 3_11 3_12 3_13 3_14 4_10 4_11 4_12 4_13 4_14 4_15 5_10 5_11 5_12 "
-                      "5_13 5_14 5_15 6_7 6_8 6_9 6_10 6_11 6_12 6_13 6_14 6_15 7_7 7_8 7_9 7_10 7_11 7_12 7_13".split())
+                      "5_13 5_14 5_15 6_7 6_8 6_9 6_10 6_11 6_12 6_13 6_14 6_15 7_7 7_8 7_9 7_10 7_11 7_12 "
+                      "7_13".split())
 VAIHINGEN_TRAIN = tuple(f"area{k}" for k in (1, 3, 5, 7, 11, 13, 15, 17, 21, 23, 26, 28, 30, 32, 34, 37))
 VAIHINGEN_VAL = tuple(f"area{k}" for k in (2, 4, 6, 8, 10, 12, 14, 16, 20, 22, 24, 27, 29, 31, 33, 35, 38))
 
-# %% ../../nbs/archives/07_isprs.ipynb #230014b0
-_VALUES = {0: "border, or a colour of no class", 1: "impervious surface", 2: "building", 3: "low vegetation", 4: "tree", 5: "car",
-           6: "clutter"}
-_COLOURS = {0: (0, 0, 0), 1: (255, 255, 255), 2: (0, 0, 255), 3: (0, 255, 255), 4: (0, 255, 0), 5: (255, 255, 0), 6: (255, 0, 0)}
+# %% ../../nbs/archives/07_isprs.ipynb #7f68f76d
+_VALUES = {0: "border, or a colour of no class", 1: "impervious surface", 2: "building", 3: "low vegetation", 4: "tree",
+           5: "car", 6: "clutter"}
+_COLOURS = {0: (0, 0, 0), 1: (255, 255, 255), 2: (0, 0, 255), 3: (0, 255, 255), 4: (0, 255, 0), 5: (255, 255, 0),
+            6: (255, 0, 0)}
 POTSDAM_LAYOUT = Layout(("R", "G", "B"), _VALUES, _COLOURS)
 VAIHINGEN_LAYOUT = Layout(("N", "R", "G"), _VALUES, _COLOURS)
 
-# %% ../../nbs/archives/07_isprs.ipynb #bb03e147
+# %% ../../nbs/archives/07_isprs.ipynb #c360e3b3
 def scenes_of_city(
     what: str, # name of the city
     members: Sequence[Member], # all files there are
@@ -51,7 +53,8 @@ def scenes_of_city(
         f"{what}: {few(odd)} is no area of the data set; expected of {few(areas)}")
     named = [(m, f) for m, f in named if f[1] in areas] # area9 has a label and no image
     partial = [m.label for m, _ in named if re.search(r"participants|(^|/)gts", m.label, re.I)]
-    pick = lambda want: keyed([(f[1], m) for m, f in named if m.label not in partial and kind(m, f) == want], f"{what} {want}")
+    whole = [(m, f) for m, f in named if m.label not in partial]
+    pick = lambda want: keyed([(f[1], m) for m, f in whole if kind(m, f) == want], f"{what} {want}")
     images, masks = pick("image"), pick("mask")
     if not images: raise FileNotFoundError(
         f"{what}: no image (only {few(sorted({kind(*n) for n in named})) or 'other files'}); get {archives[0]}")
@@ -60,7 +63,8 @@ def scenes_of_city(
         f"{what}: {len(lost)} of {len(images)} images have no mask with labels={chosen['labels']} ({few(lost)}); get "
         f"{archives[1]}, or choose the other labels"
         f"{f'. {partial[0]} is only the part given to participants and is not used' if partial else ''}")
-    return [Scene(what.lower(), key, image, mask, layout) for key, image, mask in pair_up(images, masks, what, chosen["skip"])]
+    return [Scene(what.lower(), key, image, mask, layout)
+            for key, image, mask in pair_up(images, masks, what, chosen["skip"])]
 
 # %% ../../nbs/archives/07_isprs.ipynb #5fcde62a
 def isprs_scenes(
@@ -86,7 +90,7 @@ def isprs_scenes(
         areas, VAIHINGEN_LAYOUT, chosen,
         (f"{home}.zip, with the images in top/", f"{home}_ground_truth_{'eroded_' * eroded}COMPLETE.zip"))
 
-# %% ../../nbs/archives/07_isprs.ipynb #d9bc1ffb
+# %% ../../nbs/archives/07_isprs.ipynb #985e9a17
 POTSDAM_VAIHINGEN = Recipe("potsdam_vaihingen", "real_potsdam_vaihingen",
     "https://www.isprs.org/education/benchmarks/UrbanSemLab/",
     "research use, no redistribution; UNCONFIRMED wording", "on request at ISPRS, with a form",
@@ -103,11 +107,11 @@ POTSDAM_VAIHINGEN = Recipe("potsdam_vaihingen", "real_potsdam_vaihingen",
     "[..._COMPLETE/]top_mosaic_09cm_area1.tif                  colours; the image's name, so keep it out of top/",
     isprs_scenes, {
         "labels": Option("eroded",
-            "eroded: borders of objects are ignored, as mmsegmentation and CrossEarth have them; full: every pixel has a "
-            "class. UNCONFIRMED which the authors used", ("eroded", "full")),
+            "eroded: borders of objects are ignored, as mmsegmentation and CrossEarth have them; full: every pixel "
+            "has a class. UNCONFIRMED which the authors used", ("eroded", "full")),
         "target_areas": Option("all",
-            "all: 33 pieces of Vaihingen, 742 tiles; val: the 17 that mmsegmentation validates on, 398 tiles. UNCONFIRMED "
-            "which the authors used", ("all", "val"))},
+            "all: 33 pieces of Vaihingen, 742 tiles; val: the 17 that mmsegmentation validates on, 398 tiles. "
+            "UNCONFIRMED which the authors used", ("all", "val"))},
     {"potsdam": 5472, "vaihingen": 742},
     ("Vaihingen is near infrared, red, green, whatever a loader's documentation says; its bands are fed in the place "
      "of red, green, blue",
@@ -148,7 +152,7 @@ def _piece(height, width, seed, broken):
 
 def _tif(array, **more): return raster_bytes(array, compress="lzw", photometric="rgb", **more)
 
-# %% ../../nbs/archives/07_isprs.ipynb #2b6f1dd4
+# %% ../../nbs/archives/07_isprs.ipynb #e839604b
 def write_potsdam_vaihingen(
     folder: str | Path, # receives the archives of both cities
     side: int = 128, # of a Potsdam image, pixels; 6000 in the original
@@ -172,7 +176,8 @@ def write_potsdam_vaihingen(
         zips["4_Ortho_RGBIR.zip"][f"4_Ortho_RGBIR/{name}_RGBIR.tif"] = four
         zips["5_Labels_all.zip"][f"{name}_label.tif"] = _tif(full)
         zips["5_Labels_all_noBoundary.zip"][f"{name}_label_noBoundary.tif"] = _tif(eroded)
-        if area != "2_13": zips["5_Labels_for_participants.zip"][f"5_Labels_for_participants/{name}_label.tif"] = _tif(full)
+        part = "5_Labels_for_participants"
+        if area != "2_13": zips[f"{part}.zip"][f"{part}/{name}_label.tif"] = _tif(full)
     images, less, complete = (name for name in zips if "Vaihingen" in name)
     for k, area in enumerate(vaihingen):
         image, full, eroded = _piece(side + 5 * (k % 9), side + 9 * (k % 4), (seed, 1, k), "")

@@ -15,11 +15,11 @@ from .fixtures import aerial_image, check_fixture, write_zips
 from .recipes import (
     Layout, Member, Option, Recipe, Scene, keyed, matching, pair_up, raster_bytes, refuse_names)
 
-# %% ../../nbs/archives/05_loveda.ipynb #6097f56a
-LOVEDA_LAYOUT = Layout(("R", "G", "B"), {0: "no data", 1: "background", 2: "building", 3: "road", 4: "water", 5: "barren",
-                                         6: "forest", 7: "agriculture"})
+# %% ../../nbs/archives/05_loveda.ipynb #de265523
+LOVEDA_LAYOUT = Layout(("R", "G", "B"), {
+    0: "no data", 1: "background", 2: "building", 3: "road", 4: "water", 5: "barren", 6: "forest", 7: "agriculture"})
 
-# %% ../../nbs/archives/05_loveda.ipynb #3c68ccb7
+# %% ../../nbs/archives/05_loveda.ipynb #6ab79fac
 _SPLITS = ("train", "val")
 
 def loveda_scenes(
@@ -35,14 +35,15 @@ def loveda_scenes(
         for split in chosen[option]:
             what = f"LoveDA {split.capitalize()}/{place}"
             images, masks = (keyed([(f"{split}_{m.path.stem}", m) for m, f in found
-                                    if f.groups()[:3] == (split.capitalize(), place, kind)], what) for kind in ("images", "masks"))
+                                    if f.groups()[:3] == (split.capitalize(), place, kind)], what)
+                             for kind in ("images", "masks"))
             if not images: raise FileNotFoundError(f"{what}: no image, but {option} is {','.join(chosen[option])}; get "
                                                    f"{split.capitalize()}.zip, or choose other {option}")
             scenes += [Scene(place.lower(), key, image, mask, LOVEDA_LAYOUT)
                        for key, image, mask in pair_up(images, masks, what, chosen["skip"])]
     return scenes
 
-# %% ../../nbs/archives/05_loveda.ipynb #11c3809a
+# %% ../../nbs/archives/05_loveda.ipynb #28fd1fd3
 LOVEDA = Recipe("loveda", "real_loveda", "https://github.com/Junjue-Wang/LoveDA",
     "CC BY-NC-SA 4.0, academic use only; the images under the terms of Google Earth",
     "no registration: Zenodo record 5706578 (doi 10.5281/zenodo.5706578)",
@@ -53,12 +54,13 @@ LOVEDA = Recipe("loveda", "real_loveda", "https://github.com/Junjue-Wang/LoveDA"
     "Test/{Rural,Urban}/images_png/NUMBER.png          no masks, not read",
     loveda_scenes, {
         "source_splits": Option(list(_SPLITS),
-            "splits whose rural images are the source; DERIVED: 2358 images of train and val make the 9432 tiles of the "
-            "published schedule, train alone makes 5464", _SPLITS),
+            "splits whose rural images are the source; DERIVED: 2358 images of train and val make the 9432 tiles of "
+            "the published schedule, train alone makes 5464", _SPLITS),
         "target_splits": Option(list(_SPLITS),
-            "splits whose urban images are the target; UNCONFIRMED: all 1833 by symmetry with the source; val alone, 677, "
-            "is what CrossEarth and the data set's own adaptation benchmark take. `tile` holds for both domains: 512 as in "
-            "the published schedule; UNCONFIRMED whether the target was cut, 1024 leaves images whole", _SPLITS)},
+            "splits whose urban images are the target; UNCONFIRMED: all 1833 by symmetry with the source; val alone, "
+            "677, is what CrossEarth and the data set's own adaptation benchmark take. `tile` holds for both "
+            "domains: 512 as in the published schedule; UNCONFIRMED whether the target was cut, 1024 leaves images "
+            "whole", _SPLITS)},
     {"rural": 9432, "urban": 7332},
     ("mmsegmentation's converter puts rural and urban images into one folder; here they stay apart",
      "the value 0 is no data, not background: background is 1, a class",
@@ -70,12 +72,13 @@ LOVEDA = Recipe("loveda", "real_loveda", "https://github.com/Junjue-Wang/LoveDA"
     md5={"Train.zip": "de2b196043ed9b4af1690b3f9a7d558f", "Val.zip": "84cae2577468ff0b5386758bb386d31d",
          "Test.zip": "a489be0090465e01fb067795d24e6b47"})
 
-# %% ../../nbs/archives/05_loveda.ipynb #a5b7622c
+# %% ../../nbs/archives/05_loveda.ipynb #8b6d0743
 LOVEDA_BROKEN: dict[str, str] = { # what `broken=` does to a copy
     "truncated": "half of Val.zip", "bands": "an image of four bands", "label": "a mask value 8",
     "missing_mask": "an image without mask", "name": "a copy beside an image", "split": "no Val.zip"}
 _VALUES = np.array([5, 1, 1, 3, 6, 4, 7, 2, 1], "uint8") # of the surfaces in `AERIAL`
-_NUMBERS = {"Train/Rural": 0, "Train/Urban": 1366, "Val/Rural": 2522, "Val/Urban": 3514, "Test/Rural": 4191, "Test/Urban": 5167}
+_NUMBERS = {"Train/Rural": 0, "Train/Urban": 1366, "Val/Rural": 2522, "Val/Urban": 3514, "Test/Rural": 4191,
+            "Test/Urban": 5167} # of the first image
 
 def write_loveda(
     folder: str | Path, # receives Train.zip, Val.zip, Test.zip

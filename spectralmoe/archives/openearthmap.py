@@ -56,9 +56,10 @@ def continents_of(
         f"has them. {nearest(odd[0], where.index)}")
     return {r: "target_continents" if where[r] in targets else "source_continents" for r in regions}
 
-# %% ../../nbs/archives/06_openearthmap.ipynb #f741d030
-OPENEARTHMAP_LAYOUT = Layout(("R", "G", "B"), {0: "unknown", 1: "bareland", 2: "rangeland", 3: "developed space", 4: "road",
-                                               5: "tree", 6: "water", 7: "agriculture land", 8: "building"})
+# %% ../../nbs/archives/06_openearthmap.ipynb #811205a8
+OPENEARTHMAP_LAYOUT = Layout(("R", "G", "B"), {
+    0: "unknown", 1: "bareland", 2: "rangeland", 3: "developed space", 4: "road", 5: "tree", 6: "water",
+    7: "agriculture land", 8: "building"})
 
 def region_of(
     name: str, # of a file, without suffix
@@ -72,10 +73,11 @@ def _listed(members, name):
     for member in (m for m in members if m.path.name == name):
         with TemporaryDirectory() as folder:
             copy_member(member, path := Path(folder) / "list")
-            words |= {Path(w).stem for w in re.split(r"[\s,;]+", path.read_text(encoding="utf-8-sig", errors="replace"))}
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
+            words |= {Path(w).stem for w in re.split(r"[\s,;]+", text)}
     return words
 
-# %% ../../nbs/archives/06_openearthmap.ipynb #d70b15b2
+# %% ../../nbs/archives/06_openearthmap.ipynb #f309d88a
 def openearthmap_scenes(
     members: Sequence[Member], # all files there are
     chosen: Mapping[str, object], # options of `OPENEARTHMAP`
@@ -85,20 +87,21 @@ def openearthmap_scenes(
     found = matching(members, r"/(?!source_continents|target_continents)([^/]+)/(images|labels)/([^/]+)")
     odd = [m for m, f in found if not re.fullmatch(r"[a-z][a-z_\-]*_\d+\.tif", f[3]) or region_of(m.path.stem) != f[1]]
     refuse_names(what, odd, "REGION/images/REGION_NUMBER.tif and REGION/labels/REGION_NUMBER.tif")
-    images, labels = (keyed([(m.path.stem, m) for m, f in found if f[2] == kind], f"{what} {kind}") for kind in ("images", "labels"))
+    images, labels = (keyed([(m.path.stem, m) for m, f in found if f[2] == kind], f"{what} {kind}")
+                      for kind in ("images", "labels"))
     test, xbd = _listed(members, "test.txt"), _listed(members, "xbd_files.csv")
     images = {k: m for k, m in images.items() if k in labels or k not in test}
     without = (labels.keys() - images.keys()) & xbd
     if without: notice(
-        f"{what}: {len(without)} labels in {len(set(map(region_of, without)))} regions are left out: their images are part of "
-        "xBD and not in the archive. Register at xview2.org and put them into images/ to have them")
+        f"{what}: {len(without)} labels in {len(set(map(region_of, without)))} regions are left out: their images "
+        "are part of xBD and not in the archive. Register at xview2.org and put them into images/ to have them")
     labels = {k: m for k, m in labels.items() if k not in without}
     domain = continents_of(chosen, {region_of(k) for k in (*images, *labels)})
     scenes = [Scene(domain[region_of(k)], k, image, mask, OPENEARTHMAP_LAYOUT, region_of(k))
               for k, image, mask in pair_up(images, labels, what, chosen["skip"])]
     return sorted(scenes, key=lambda s: (s.domain, s.name))
 
-# %% ../../nbs/archives/06_openearthmap.ipynb #bbc30274
+# %% ../../nbs/archives/06_openearthmap.ipynb #e64b0d55
 OPENEARTHMAP = Recipe("openearthmap", "real_openearthmap", "https://open-earth-map.org",
     "each label under the licence of its image; CC BY-NC-SA 4.0 where that is in the public domain or not stated",
     "no registration: Zenodo record 7223446; the images of xBD (813 with labels) after registration at xview2.org",
@@ -110,9 +113,9 @@ OPENEARTHMAP = Recipe("openearthmap", "real_openearthmap", "https://open-earth-m
     "OpenEarthMap_wo_xBD/xbd_files.csv                     names in xBD and here",
     openearthmap_scenes, {
         "target_continents": Option(["Africa", "Europe"],
-            f"of {', '.join(CONTINENTS)}; the others are the source. UNCONFIRMED, DERIVED: with xBD this is the only choice "
-            "whose source (2049 images, 8196 tiles) fits the published schedule; without xBD it leaves 1285 images, and "
-            "Africa alone comes nearest (2091, 8364 tiles)"),
+            f"of {', '.join(CONTINENTS)}; the others are the source. UNCONFIRMED, DERIVED: with xBD this is the only "
+            "choice whose source (2049 images, 8196 tiles) fits the published schedule; without xBD it leaves 1285 "
+            "images, and Africa alone comes nearest (2091, 8364 tiles)"),
         "regions": Option("",
             "path of a csv region,continent in place of the packaged table, in which continents are by geography; "
             "UNCONFIRMED for western (taken as Africa), svaneti (Asia) and leilane_estates (North America)")},
@@ -126,10 +129,11 @@ OPENEARTHMAP = Recipe("openearthmap", "real_openearthmap", "https://open-earth-m
      "the authors of SpectralMoE feed blue, green, red (protocol='authors')"),
     "J. Xia, N. Yokoya, B. Adriano, C. Broni-Bediako, WACV 2023")
 
-# %% ../../nbs/archives/06_openearthmap.ipynb #e79b8b03
+# %% ../../nbs/archives/06_openearthmap.ipynb #146a22ee
 OPENEARTHMAP_BROKEN: dict[str, str] = { # what `broken=` does to a copy, mostly to accra_1
     "truncated": "half of the archive", "bands": "an image of one band", "label": "a mask value 9",
-    "missing_mask": "an image without label", "missing_image": "a label without image", "region": "a region of no table",
+    "missing_mask": "an image without label", "missing_image": "a label without image", "region": "a region of no "
+                                                                                                  "table",
     "name": "a file in another region's folder", "size": "a mask two rows short"}
 _VALUES = np.array([1, 2, 3, 4, 5, 6, 7, 8, 4], "uint8") # of the surfaces in `AERIAL`
 _REGIONS = ("accra", "al_qurnah", "austin", "buenos_aires", "khartoum", "kujawsko-pomorskie", "tonga")
@@ -162,9 +166,11 @@ def write_openearthmap(
     if broken == "missing_mask": inside.pop(f"{top}/accra/labels/accra_1.tif")
     if broken == "missing_image": inside.pop(f"{top}/accra/images/accra_1.tif")
     if broken == "name": inside[f"{top}/accra/images/tonga_9.tif"] = b""
-    lists = {"train.txt": [*(f"{r}_{k}.tif" for r in regions for k in range(1, scenes + 1)), "les_cayes_7.tif"], "val.txt": [],
+    lists = {"train.txt": [*(f"{r}_{k}.tif" for r in regions for k in range(1, scenes + 1)), "les_cayes_7.tif"],
+             "val.txt": [],
              "test.txt": [f"{r}_{scenes + 1}.tif" for r in regions],
              "xbd_files.csv": ["hurricane-matthew_00000007_pre_disaster.png,les_cayes_7.tif"]}
-    lists |= {f"{name}_wo_xBD.txt": [n for n in lists[f"{name}.txt"] if "les_cayes" not in n] for name in ("train", "val")}
+    lists |= {f"{name}_wo_xBD.txt": [n for n in lists[f"{name}.txt"] if "les_cayes" not in n]
+              for name in ("train", "val")}
     inside |= {f"{top}/{name}": "\n".join(lines) + "\n" for name, lines in lists.items()}
     return write_zips(folder, {"OpenEarthMap.zip": inside}, "OpenEarthMap.zip" if broken == "truncated" else "")

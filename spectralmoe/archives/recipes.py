@@ -120,12 +120,13 @@ def _tar_members(path):
         raise ValueError(f"{path}: cut off in {found[-1].name!r}; get it again")
     return _check_total(path, found)
 
-# %% ../../nbs/archives/00_recipes.ipynb #4c475df3
+# %% ../../nbs/archives/00_recipes.ipynb #9382966e
 _PACKED = (".7z", ".rar", ".gz", ".tgz", ".bz2", ".xz", ".zst") # no random access, or not in the standard library
 
 def _files_under(folder):
     "Paths of files, without what systems and earlier preparations leave; every folder once, whatever links there are."
-    def stop(e): raise PermissionError(f"{e.filename} cannot be read ({e.strerror}): change its permissions, or move it")
+    def stop(e): raise PermissionError(f"{e.filename} cannot be read ({e.strerror}): change its permissions, or move "
+                                       "it")
     visited = set()
     for where, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         about = os.stat(where)
@@ -151,8 +152,8 @@ def list_members(
         elif suffix == ".tar": found += _tar_members(path)
         elif suffix in _PACKED: packed.append(path.name)
         else: found.append(Member(folder, path.relative_to(folder).as_posix(), path.stat().st_size))
-    if nowhere: raise FileNotFoundError(f"{folder}: {len(nowhere)} links lead nowhere ({few(nowhere)}): restore what they "
-                                        "point to, or delete them")
+    if nowhere: raise FileNotFoundError(f"{folder}: {len(nowhere)} links lead nowhere ({few(nowhere)}): restore what "
+                                        "they point to, or delete them")
     found = [m for m in found if "__MACOSX" not in m.path.parts and not m.path.name.startswith(".")]
     if not found: raise ValueError(f"{folder} holds nothing that can be read" + (
         f": {few(packed)} are of kinds that have to be unpacked first" if packed else ""))
@@ -210,15 +211,15 @@ def matching(
     ends = re.compile(rf"{pattern}$")
     return [(m, found) for m in members if m.path.suffix in PICTURES and (found := ends.search(m.where))]
 
-# %% ../../nbs/archives/00_recipes.ipynb #0cf64add
+# %% ../../nbs/archives/00_recipes.ipynb #1f830475
 def refuse_names(
     what: str, # data set, for the message
     odd: Sequence[Member], # files that fit no pattern; nothing happens if there are none
     expected: str, # names as they should be
 ) -> None: # raises ValueError if there are any
     "Refuses files that look like a part of a data set and fit no pattern."
-    if odd: raise ValueError(f"{what}: {len(odd)} files fit no pattern ({few(m.label for m in odd)}); expected {expected}. "
-                             "Give them their original names, or move them out of the folder")
+    if odd: raise ValueError(f"{what}: {len(odd)} files fit no pattern ({few(m.label for m in odd)}); expected "
+                             f"{expected}. Give them their original names, or move them out of the folder")
 
 def keyed(
     rows: Iterable[tuple[object, Member]], # key, file
@@ -239,7 +240,7 @@ def find_members(
     "Pictures by what their path ends in; two of one kind are refused."
     return keyed(((found.groups(), m) for m, found in matching(members, rf"/{pattern}")), pattern)
 
-# %% ../../nbs/archives/00_recipes.ipynb #9e9d9630
+# %% ../../nbs/archives/00_recipes.ipynb #a7e83b62
 def pair_up(
     images: Mapping[object, Member], # key -> image
     masks: Mapping[object, Member], # the same keys -> mask
@@ -258,8 +259,8 @@ def pair_up(
     odd = {"label": f"{len(lost)} of {len(images)} images have no mask ({few(lost)})" if lost else "",
            "image": alone if lone == "refuse" else ""}
     if any(odd.values()): raise FileNotFoundError(
-        f"{what}: {', '.join(filter(None, odd.values()))}; get the {' and the '.join(k for k in odd if odd[k])} archive as well, or "
-        "name them in skip=")
+        f"{what}: {', '.join(filter(None, odd.values()))}; get the {' and the '.join(k for k in odd if odd[k])} "
+        "archive as well, or name them in skip=")
     return [(k, images[k], masks[k]) for k in sorted(images)]
 
 # %% ../../nbs/archives/00_recipes.ipynb #afebea53
@@ -282,13 +283,13 @@ def listening() -> Iterator[list[str]]: # receives what this thread notices duri
     try: yield _heard.said
     finally: _heard.said = None
 
-# %% ../../nbs/archives/00_recipes.ipynb #70287835
+# %% ../../nbs/archives/00_recipes.ipynb #3af10e79
 @dataclass(frozen=True)
 class Layout:
     "How image and mask of a scene are coded."
     bands: tuple[str | None, ...] # of the image file, in its order; None: left behind
     values: Mapping[int, str] # mask value -> its name; 0 is what is ignored
-    colours: Mapping[int, tuple[int, int, int]] = field(default_factory=dict) # mask value -> (r, g, b), for colour masks
+    colours: Mapping[int, tuple[int, int, int]] = field(default_factory=dict) # of colour masks: value -> (r, g, b)
     dtypes: tuple[str, ...] = ("uint8",) # allowed in the image file
     raw: bool = False # read a TIFF's samples as stored, whatever colours its tags claim; CMYK is read so in any case
     area: Callable | None = None # (image, mask, layout) -> (row, column, height, width) to keep; None: all
@@ -327,7 +328,7 @@ def open_raster(
         except rasterio.errors.RasterioIOError as e:
             raise ValueError(f"cannot be read ({str(e).splitlines()[0]}): cut off or damaged, get it again") from None
 
-# %% ../../nbs/archives/00_recipes.ipynb #d498a340
+# %% ../../nbs/archives/00_recipes.ipynb #d25f9fca
 def _code(r, g, b): return (np.asarray(r, "int32") << 16) | (np.asarray(g, "int32") << 8) | np.asarray(b, "int32")
 
 def read_ids(
@@ -339,8 +340,9 @@ def read_ids(
     if not layout.colours:
         ids = mask.read(1, window=window)
         odd = [(int(v), int(n)) for v, n in zip(*np.unique(ids, return_counts=True)) if v not in layout.values]
-        if odd: raise ValueError(f"the mask holds values that are not in the table (value, pixels): [{few(odd)}]; expected "
-                                 f"{min(layout.values)}..{max(layout.values)}: is it of another version or class list?")
+        if odd: raise ValueError(f"the mask holds values that are not in the table (value, pixels): [{few(odd)}]; "
+                                 f"expected {min(layout.values)}..{max(layout.values)}: is it of another version or "
+                                 "class list?")
         return ids.astype("uint8"), 0
     codes = {int(_code(*c)): v for v, c in layout.colours.items()}
     known, values = np.array(sorted(codes)), np.array([codes[k] for k in sorted(codes)], "uint8")
@@ -349,7 +351,7 @@ def read_ids(
     off = known[at] != found
     return np.where(off, 0, values[at]).astype("uint8"), int(off.sum())
 
-# %% ../../nbs/archives/00_recipes.ipynb #0dc5a504
+# %% ../../nbs/archives/00_recipes.ipynb #5b43f12d
 class Scene(NamedTuple):
     "An image and its mask, where they are and where they go."
     domain: str # of the benchmark
@@ -371,9 +373,11 @@ class Scene(NamedTuple):
         "Refuses files that are of another product than the layout."
         layout = self.layout
         if image.count != len(layout.bands): raise ValueError(
-            f"the image has {image.count} bands, expected {len(layout.bands)}: {list(layout.bands)}; this is another product")
+            f"the image has {image.count} bands, expected {len(layout.bands)}: {list(layout.bands)}; this is another "
+            "product")
         if image.dtypes[0] not in layout.dtypes: raise ValueError(
-            f"the image is {image.dtypes[0]}, expected {' or '.join(layout.dtypes)}; this is another product, or it was rescaled")
+            f"the image is {image.dtypes[0]}, expected {' or '.join(layout.dtypes)}; this is another product, or it "
+            "was rescaled")
         if image.shape != mask.shape: raise ValueError(
             f"the image is {image.shape} pixels (height, width) and the mask {mask.shape}, expected the same")
         if image.width * image.height > MOST_PIXELS: raise ValueError(
@@ -384,7 +388,7 @@ class Scene(NamedTuple):
             f"the mask has {mask.count} bands of {mask.dtypes[0]}, expected {want[0]} of "
             f"{'uint8 (colours)' if layout.colours else 'whole numbers (ids)'}")
 
-# %% ../../nbs/archives/00_recipes.ipynb #ef36fe6d
+# %% ../../nbs/archives/00_recipes.ipynb #4849f01a
 def raster_bytes(
     array: np.ndarray, # (bands, h, w)
     names: Sequence[str] = (), # of the bands, written as their descriptions
@@ -407,8 +411,8 @@ _FAST = {"zstd": {"zstd_level": 1}, "deflate": {"zlevel": 1}}
 def _tile_bytes(array, source, window, names, compress):
     packed = {} if compress == "none" else dict(compress=compress, predictor=3 if array.dtype.kind == "f" else 2,
                                                 **_FAST.get(compress, {}))
-    return raster_bytes(array, names, transform=source.window_transform(window), crs=source.crs, photometric="minisblack",
-                        interleave="band", **packed)
+    return raster_bytes(array, names, transform=source.window_transform(window), crs=source.crs,
+                        photometric="minisblack", interleave="band", **packed)
 
 # %% ../../nbs/archives/00_recipes.ipynb #b9bddce1
 class BandSums:
@@ -426,7 +430,7 @@ class BandSums:
             self.square[k] += (values @ values).item()
         self.pixels += values.size
 
-# %% ../../nbs/archives/00_recipes.ipynb #e0b4fd75
+# %% ../../nbs/archives/00_recipes.ipynb #c95a2879
 def _windows(area, tile):
     row, col, height, width = area
     for i, r in enumerate(range(0, height, tile)):
@@ -462,18 +466,21 @@ def cut_scene(
                 for j, c, h, w in row:
                     name = scene.name if single else f"{scene.name}_r{i + 1:03d}_c{j + 1:03d}"
                     at, part = Window(area[1] + c, area[0] + r, w, h), (slice(None), slice(0, h), slice(c, c + w))
-                    hashes = [_put(folder / kind / f"{name}.tif", _tile_bytes(values, a, at, names, compress)) for kind, values, names
-                              in (("images", pixels[part], layout.names), ("masks", ids[None][part], ["label"]))]
+                    hashes = [_put(folder / kind / f"{name}.tif", _tile_bytes(values, a, at, bands, compress))
+                              for kind, values, bands in (("images", pixels[part], layout.names),
+                                                          ("masks", ids[None][part], ["label"]))]
                     tiles.append([name, h, w, *hashes])
         if odd > MOST_OFF_PALETTE * labels.sum(): raise ValueError(
-            f"{odd} of {labels.sum()} mask pixels have colours that are in no table, expected at most {MOST_OFF_PALETTE:.0%}: is this a mask?")
+            f"{odd} of {labels.sum()} mask pixels have colours that are in no table, expected at most "
+            f"{MOST_OFF_PALETTE:.0%}: is this a mask?")
     except BaseException: # nothing of a scene that failed
         for name, *_ in tiles:
             for kind in ("images", "masks"): (folder / kind / f"{name}.tif").unlink(missing_ok=True)
         raise
-    return dict(tiles=tiles, labels={str(v): int(labels[v]) for v in labels.nonzero()[0]}, off_palette=odd, **vars(sums))
+    counts = {str(v): int(labels[v]) for v in labels.nonzero()[0]}
+    return dict(tiles=tiles, labels=counts, off_palette=odd, **vars(sums))
 
-# %% ../../nbs/archives/00_recipes.ipynb #89e54d32
+# %% ../../nbs/archives/00_recipes.ipynb #15abfa85
 class Option(NamedTuple):
     "Something about a preparation that can be chosen."
     default: object # its type is the type of the option; a list is given as a,b,c
@@ -501,9 +508,10 @@ class Option(NamedTuple):
 COMMON = {
     "tile": Option(512, "side of a tile in pixels"),
     "compress": Option("zstd", "of the tiles, without loss", ("zstd", "deflate", "lzw", "none")),
-    "skip": Option([], "scenes to leave out, by their name or that of the image without suffix; the manifest lists them")}
+    "skip": Option([], "scenes to leave out, by their name or that of the image without suffix; the manifest lists "
+                       "them")}
 
-# %% ../../nbs/archives/00_recipes.ipynb #a36d7167
+# %% ../../nbs/archives/00_recipes.ipynb #0b4d7b39
 @dataclass(frozen=True)
 class Recipe:
     "A data set as it is distributed, and how a benchmark is made of it."
@@ -516,12 +524,12 @@ class Recipe:
     tree: str # what a folder that was unpacked looks like
     scenes: Callable[[Sequence[Member], dict], list[Scene]] # members and options -> scenes
     options: Mapping[str, Option] = field(default_factory=dict) # besides `COMMON`
-    expected: Mapping[str, int] = field(default_factory=dict) # domain -> published number of tiles of 512 pixels at the default options
+    expected: Mapping[str, int] = field(default_factory=dict) # domain -> published tiles, for the defaults
     traps: tuple[str, ...] = () # what goes wrong elsewhere, a sentence each
     citation: str = "" # the paper
-    label_map: Callable[[dict], Mapping | None] = lambda chosen: None # options -> another label map than the benchmark's
+    label_map: Callable[[dict], Mapping | None] = lambda chosen: None # options -> other than the benchmark's
     md5: Mapping[str, str] = field(default_factory=dict) # archive -> published md5, 32 hexadecimal digits
-    sizes: Mapping[str, float] = field(default_factory=dict) # archive -> published size, bytes, as roughly as it was published
+    sizes: Mapping[str, float] = field(default_factory=dict) # archive -> published size, bytes, roughly
 
     def choose(self,
         options: Mapping[str, object], # name -> value, as typed or as a Python value
@@ -529,12 +537,13 @@ class Recipe:
         "All options, checked; an unknown one is refused."
         known = {**self.options, **COMMON}
         if odd := sorted(set(options) - set(known)):
-            raise ValueError(f"{self.name} has no option {few(odd)}. {nearest(odd[0], known)} (spectralmoe data info {self.name})")
+            raise ValueError(f"{self.name} has no option {few(odd)}. {nearest(odd[0], known)} (spectralmoe data info "
+                             f"{self.name})")
         chosen = {k: o.read(k, options.get(k, o.default)) for k, o in known.items()}
         if chosen["tile"] < 1: raise ValueError(f"option tile={chosen['tile']}; expected 1 pixel or more, such as 512")
         return chosen
 
-# %% ../../nbs/archives/00_recipes.ipynb #177c4a11
+# %% ../../nbs/archives/00_recipes.ipynb #0b7b087b
 class Preparation:
     "One data set on its way from archives to tiles."
     def __init__(self,
@@ -551,7 +560,8 @@ class Preparation:
             self.scenes = [s for s in recipe.scenes(members, self.chosen) if s.name not in self.chosen["skip"]]
         self._check_scenes({m.path.stem for m in members})
         rows, other = [[s.domain, s.name, s.group, *s.sizes] for s in self.scenes], recipe.label_map(self.chosen)
-        self.plan = dict(task=recipe.name, options=self.chosen, label_map=other and {str(k): v for k, v in other.items()},
+        self.plan = dict(task=recipe.name, options=self.chosen,
+                         label_map=other and {str(k): v for k, v in other.items()},
                          scenes=hashlib.sha256(json.dumps(rows).encode()).hexdigest())
 
     def _check_scenes(self, stems):
@@ -560,12 +570,14 @@ class Preparation:
             f"{what}: skip={odd[:10]} are not there; expected names of scenes or of images without suffix")
         counts = Counter((s.domain, s.name) for s in self.scenes)
         if twice := [f"{d}/{n}" for (d, n), k in counts.items() if k > 1]: raise ValueError(
-            f"{what}: {len(twice)} scenes are there twice ({few(twice)}); give archives or the extracted folder, not both")
-        if lost := {d.name: 0 for d in self.task.domains}.keys() - {s.domain for s in self.scenes}: raise FileNotFoundError(
-            f"{what}: nothing was found for {few(d.name for d in self.task.domains if d.name in lost)}. Expected, as "
+            f"{what}: {len(twice)} scenes are there twice ({few(twice)}); give archives or the extracted folder, not "
+            "both")
+        have = {s.domain for s in self.scenes}
+        if lost := [d.name for d in self.task.domains if d.name not in have]: raise FileNotFoundError(
+            f"{what}: nothing was found for {few(lost)}. Expected, as "
             f"downloaded or unpacked:\n{self.recipe.tree}")
 
-# %% ../../nbs/archives/00_recipes.ipynb #a3651c5f
+# %% ../../nbs/archives/00_recipes.ipynb #8a123d1b
 def _md5(path):
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
@@ -580,11 +592,12 @@ def compare_archives(self: Preparation) -> None: # notices differences
         size, sum5 = self.recipe.sizes.get(path.name), self.recipe.md5.get(path.name)
         found = path.stat().st_size
         if size and abs(found - size) > 0.02 * size: # published to two or three digits
-            notice(f"{path.name} has {found / 1e6:,.1f} MB, published are {size / 1e6:,.1f} MB: it is another edition, or not whole")
+            notice(f"{path.name} has {found / 1e6:,.1f} MB, published are {size / 1e6:,.1f} MB: it is another "
+                   "edition, or not whole")
         elif sum5 and (has := _md5(path)) != sum5:
             notice(f"{path.name} has md5 {has}, published is {sum5}: it is another edition, or it was changed")
 
-# %% ../../nbs/archives/00_recipes.ipynb #9d1f290b
+# %% ../../nbs/archives/00_recipes.ipynb #e4204127
 class PrepareFailed(RuntimeError):
     "Some scenes could not be cut; the message names them, what was done is kept."
 
@@ -593,9 +606,10 @@ def differs(self: Preparation,
     old: dict, # a plan
 ) -> str: # sentence for a folder that was prepared by it
     "What is different between a folder's plan and this one."
-    odd = [f"{k}: {old['options'].get(k)!r} there, {v!r} now" for k, v in self.chosen.items() if old["options"].get(k) != v]
-    return (f"{self.folder} was prepared or begun otherwise ({'; '.join(odd) or 'with other files'}). Delete it, or choose "
-            "another --to: tiles of two kinds are never mixed")
+    odd = [f"{k}: {old['options'].get(k)!r} there, {v!r} now" for k, v in self.chosen.items()
+           if old["options"].get(k) != v]
+    return (f"{self.folder} was prepared or begun otherwise ({'; '.join(odd) or 'with other files'}). Delete it, or "
+            "choose another --to: tiles of two kinds are never mixed")
 
 @patch
 def resume(self: Preparation) -> None: # fills `done`
@@ -613,7 +627,7 @@ def resume(self: Preparation) -> None: # fills `done`
                 for kind in ("images", "masks"): (self.folder / key[0] / kind / f"{name}.tif").unlink(missing_ok=True)
     write_file(self.journal, "".join(json.dumps(line) + "\n" for line in (self.plan, *self.done.values())))
 
-# %% ../../nbs/archives/00_recipes.ipynb #4cf03b50
+# %% ../../nbs/archives/00_recipes.ipynb #d36a7977
 GIVE_UP = 20 # scenes that failed while none succeeded: the rest is left alone; chosen
 
 @patch
@@ -623,8 +637,9 @@ def cut(self: Preparation,
     "Cuts one scene."
     work = self.journal.parent
     with listening() as said, _at_hand(scene.image, work, "image") as image, _at_hand(scene.mask, work, "mask") as mask:
-        receipt = cut_scene(scene, image, mask, self.folder / scene.domain, self.chosen["tile"], self.chosen["compress"])
-    receipt = dict(domain=scene.domain, name=scene.name, bands=scene.layout.names, sizes=scene.sizes, noticed=said, **receipt)
+        cut = cut_scene(scene, image, mask, self.folder / scene.domain, self.chosen["tile"], self.chosen["compress"])
+    receipt = dict(domain=scene.domain, name=scene.name, bands=scene.layout.names, sizes=scene.sizes, noticed=said)
+    receipt |= cut
     with self.lock, self.journal.open("a", encoding="utf-8") as file:
         file.write(json.dumps(receipt) + "\n")
         self.done[scene.domain, scene.name] = receipt
@@ -651,14 +666,15 @@ def cut_all(self: Preparation,
                 except OSError as e:
                     todo = iter(())
                     if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-                    raise OSError(e.errno, f"the disk of {self.folder} is full after {len(self.done)} of {len(self.scenes)} "
-                                  "scenes; what is done is kept: free some space and give the same command again") from None
+                    raise OSError(e.errno, f"the disk of {self.folder} is full after {len(self.done)} of "
+                                  f"{len(self.scenes)} scenes; what is done is kept: free some space and give the "
+                                  "same command again") from None
                 if len(wrong) >= GIVE_UP and not self.done: todo = iter(())
                 bar.advance(line)
                 start()
     return wrong
 
-# %% ../../nbs/archives/00_recipes.ipynb #541df977
+# %% ../../nbs/archives/00_recipes.ipynb #010c9512
 @patch
 def receipts(self: Preparation,
     domain: str, # name
@@ -672,24 +688,27 @@ def statistics(self: Preparation) -> dict: # bands, mean and std in physical uni
     receipts, task, sensor = self.receipts(self.task.source.name), self.task, self.task.source.fed_sensor
     pixels = sum(r["pixels"] for r in receipts)
     names, stats = receipts[0]["bands"], dict(bands=list(task.bands), mean=[], std=[], pixels=pixels)
-    if not pixels: raise ValueError(f"{task.name}: no valid pixel in the source, expected one or more: get its images again")
+    if not pixels: raise ValueError(f"{task.name}: no valid pixel in the source, expected one or more: get its "
+                                    "images again")
     for band in task.bands:
         about, k = sensor.bands[sensor.index(band)], [sensor.index(n) for n in names].index(sensor.index(band))
         total, square = (sum(r[what][k] for r in receipts) for what in ("total", "square"))
         mean = total / pixels
         if square * pixels == total * total: raise ValueError(
-            f"{task.name}: band {band} is {mean:g} in all {pixels:,} pixels of {task.source.name} (standard deviation 0), "
-            f"expected an image: the files are damaged or not the original ones, get them again ({self.folder} keeps what was cut)")
+            f"{task.name}: band {band} is {mean:g} in all {pixels:,} pixels of {task.source.name} (standard "
+            "deviation 0), expected an image: the files are damaged or not the original ones, get them again "
+            f"({self.folder} keeps what was cut)")
         stats["mean"].append(mean * about.scale + about.offset)
         stats["std"].append(abs(about.scale) * max(square / pixels - mean**2, 0)**0.5)
     return stats
 
-# %% ../../nbs/archives/00_recipes.ipynb #c53b39bf
+# %% ../../nbs/archives/00_recipes.ipynb #c8350473
 @patch
 def compare_counts(self: Preparation) -> None: # notices differences
     "Tiles of every domain beside the published number."
     usual = {k: o.default for k, o in (self.recipe.options | {"skip": COMMON["skip"]}).items()}
-    other = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in self.chosen.items() if v != usual.get(k, v)]
+    other = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in self.chosen.items()
+             if v != usual.get(k, v)]
     for domain, expected in self.recipe.expected.items():
         found = 0
         for receipt in self.receipts(domain):
@@ -701,7 +720,7 @@ def compare_counts(self: Preparation) -> None: # notices differences
             f"{domain} has {found:,} of {expected:,} published tiles of 512 pixels"
             + (f" (published for the defaults; here {few(o[:60] for o in other)})" if other else ""))
 
-# %% ../../nbs/archives/00_recipes.ipynb #5a41e43c
+# %% ../../nbs/archives/00_recipes.ipynb #042dcea5
 @patch
 def finish(self: Preparation) -> Path: # the manifest
     "Writes index and manifest; without a manifest nothing is taken for complete."
@@ -727,11 +746,13 @@ def check_space(self: Preparation,
     "Refuses to begin where the disk is too small."
     left = [s for s in self.scenes if (s.domain, s.name) not in self.done]
     packed = [s.image.size for s in left if not s.image.holder.is_dir()]
-    need, free = int(1.1 * sum(sum(s.sizes) for s in left)) + workers * max(packed, default=0), shutil.disk_usage(self.folder).free
-    if need > free: raise OSError(errno.ENOSPC, f"{self.folder} has {free / 2**30:.2f} GiB free and about {need / 2**30:.2f} GiB "
-                                  f"are needed for {len(left)} scenes; nothing was written: free some space or choose another --to")
+    need, free = int(1.1 * sum(sum(s.sizes) for s in left)), shutil.disk_usage(self.folder).free
+    need += workers * max(packed, default=0)
+    if need > free: raise OSError(errno.ENOSPC, f"{self.folder} has {free / 2**30:.2f} GiB free and about "
+                                  f"{need / 2**30:.2f} GiB are needed for {len(left)} scenes; nothing was written: "
+                                  "free some space or choose another --to")
 
-# %% ../../nbs/archives/00_recipes.ipynb #c63f9cfa
+# %% ../../nbs/archives/00_recipes.ipynb #58e37e14
 def prepare_with(
     recipe: Recipe, # of the data set
     source: str | Path, # folder with the archives, or what was unpacked from them
@@ -745,7 +766,9 @@ def prepare_with(
     manifest, folder = work.folder / "manifest.json", work.folder
     def complete():
         if not manifest.exists(): return False
-        if (there := read_manifest(folder)["plan"]) != work.plan: raise ValueError(work.differs(there))
+        there = read_manifest(folder)
+        if there["plan"] != work.plan: raise ValueError(work.differs(there["plan"]))
+        for text in there.get("warnings", ()): warnings.warn(text, PrepareWarning, stacklevel=3)
         return True
     if complete(): return manifest
     try:
@@ -760,8 +783,9 @@ def prepare_with(
             wrong = work.cut_all(workers, sys.stderr.isatty() if progress is None else progress)
             if wrong: raise PrepareFailed(
                 f"{recipe.name}: {len(wrong)} of {len(work.scenes)} scenes could not be cut:\n"
-                + "\n".join(f"  {k}: {v}" for k, v in list(wrong.items())[:10]) + "\nThe others are done and kept. Get these "
-                "files again and give the same command (or name the scenes in skip=, which begins anew in another --to)")
+                + "\n".join(f"  {k}: {v}" for k, v in list(wrong.items())[:10]) + "\nThe others are done and kept. "
+                "Get these files again and give the same command (or name the scenes in skip=, which begins anew in "
+                "another --to)")
             work.finish()
             shutil.rmtree(work.journal.parent)
     except PermissionError as e:
