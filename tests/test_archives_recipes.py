@@ -333,7 +333,7 @@ def test_many_preparations_started_at_once_end_with_tiles_or_with_a_sentence(tmp
     processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
     ends = [(p.communicate()[1].strip().splitlines() or [""], p.returncode) for p in processes]
     assert any(code == 0 for _, code in ends)
-    for lines, code in ends: assert code == 0 or "is in use by process" in lines[-1], lines[-1]
+    for lines, code in ends: assert code == 0 or "is in use by" in lines[-1], lines[-1] # the note with the process comes a moment after the lock
     assert verify_folder(tmp_path / "out/toy") == 2 * sum(d["tiles"] for d in read_manifest(tmp_path / "out/toy")["domains"].values())
     assert not (tmp_path / "out/toy/.work").exists()
 
