@@ -206,7 +206,7 @@ def released_state(
     return {**{RELEASED_PREFIX + k: v for k, v in released_adapter_state(part("adapter.")).items()},
             **{HEAD_PREFIX + k: v for k, v in mmseg_head_state(part("head.")).items()}}
 
-# %% ../nbs/18_checkpoints.ipynb #e2845a7f
+# %% ../nbs/18_checkpoints.ipynb #9464f20c
 def released_sizes(
     ours: Mapping[str, Tensor], # adapter.* and head.*, from `convert_released`
     where: str = "released checkpoint", # the file, for messages
@@ -217,7 +217,8 @@ def released_sizes(
     try:
         n_experts, n_tokens, rank = ours["adapter.experts.0.A"].shape
         rows = lambda key: ours[f"head.{key}.weight"].shape[0]
-        head = dict(hidden=ours["head.classifier.weight"].shape[1], n_queries=rows("transformer.queries_features"),
+        widths = [ours[f"head.{k}.weight"].shape[1] for k in ("classifier", "transformer.queries_features", "transformer.level_embed")]
+        head = dict(hidden=Counter(widths).most_common(1)[0][0], n_queries=rows("transformer.queries_features"),
                     encoder_layers=count(encoder), decoder_layers=count(decoder),
                     encoder_width=rows(f"{encoder}.layers.0.fc1"), decoder_width=rows(f"{decoder}.layers.0.fc1"),
                     n_heads=rows(f"{encoder}.layers.0.self_attn.sampling_offsets") // 24) # 3 levels, 4 points, x and y
@@ -289,14 +290,15 @@ def to_released(
     _same_arithmetic(model.adapter.cfg.to_dict() if model.adapter else {})
     return released_state(model.trained_state_dict())
 
-# %% ../nbs/18_checkpoints.ipynb #e234a282
+# %% ../nbs/18_checkpoints.ipynb #14c556b6
 def _checkpoint_file(folder, to):
     "A folder of ours as the authors' checkpoint."
     from safetensors.torch import save_file
     writers = {".pth": lambda state, path: torch.save({"state_dict": state}, path), ".safetensors": save_file}
     if to.suffix not in writers: raise ValueError(f"{folder} is a folder, so {to} has to end with {' or '.join(writers)}")
-    config = read_json(folder / "config.json", "give a folder written by Segmentor.save_pretrained")
-    _same_arithmetic(config.get("adapter"))
+    if not (folder / "config.json").exists(): raise FileNotFoundError(
+        f"{folder} holds no config.json: give a folder written by Segmentor.save_pretrained")
+    _same_arithmetic(read_json(folder / "config.json", "save the model again").get("adapter"))
     state = released_state(read_checkpoint(folder / "model.safetensors"))
     with replacing(to) as draft: writers[to.suffix](state, draft)
     return to

@@ -82,7 +82,7 @@ def pickled_names(
                 if isinstance(last, str): texts.append(last)
     return found
 
-# %% ../../nbs/encoders/00_files.ipynb #ee21d40d
+# %% ../../nbs/encoders/00_files.ipynb #2f3e8392
 _PLAIN = re.compile(r"torch\.(?:\w+Storage|Size|device|_utils\._rebuild_\w+|storage\.\w+)|collections\.OrderedDict"
                     r"|_codecs\.encode|argparse\.Namespace")
 
@@ -93,13 +93,14 @@ def _damaged(path, error):
 def _not_unpickled(path, error):
     "The exception for a pickle that was not read: it holds code, is of a later protocol, or is damaged."
     found = re.search(r"(?:GLOBAL|Unsupported class|type of|code:) ([\w.]+)", str(error))
-    code = [found[1]] if found else [n for n in pickled_names(path) if n not in INERT and not _PLAIN.fullmatch(n)]
+    code = [found[1]] if found else [
+        n for n in pickled_names(path) if INERT.get(n) is not _Nothing and not _PLAIN.fullmatch(n)]
     if code: return ValueError(
         f"{path} holds more than weights: pickled code or objects ({few(dict.fromkeys(code))}), which were not run. If you "
         "trust its source, load it once where nothing can be lost and save its tensors with safetensors.torch.save_file")
     if "Unsupported operand" in str(error): return ValueError(
-        f"{path} is a pickle of a later protocol than `torch.save` writes (2), which is not read without running it: save "
-        "its tensors with torch.save(state_dict, path) or safetensors.torch.save_file")
+        f"{path} is pickled in another way than `torch.save` does (a later protocol, or made by hand) and cannot be read without "
+        "running it: save its tensors with torch.save(state_dict, path) or safetensors.torch.save_file")
     return _damaged(path, error)
 
 # %% ../../nbs/encoders/00_files.ipynb #90b2dae9
