@@ -252,7 +252,7 @@ def remedy(self: WeightReader,
     return (f"The file has dim {found[0]} and {found[1]} blocks, expected {wanted[0]} and {wanted[1]}: "
         f"give the file of {self.name}, or pass dim, n_layers and n_heads of this one")
 
-# %% ../nbs/14_backbones.ipynb #4e9a9b62
+# %% ../nbs/14_backbones.ipynb #db10f5b4
 @patch
 def from_file(self: WeightReader,
     path: Path, # a file, or a folder with one
@@ -276,7 +276,7 @@ def from_file(self: WeightReader,
     with torch.device("meta"): wanted = family.build(size).state_dict()
     plain = lambda shape: [n for n in shape if n != 1] # axes of length one that only one side has do not count
     for k, v in state.items():
-        v = v.float() if v.is_floating_point() else v
+        v = v.to(torch.float32, copy=True) if v.is_floating_point() else v # files are mapped, and may be written over later
         state[k] = v.reshape(wanted[k].shape) if plain(v.shape) == plain(wanted[k].shape) else v
     state |= {k: torch.full(wanted[k].shape, v) for k, v in fill.items()}
     report.misshapen = [f"{k}: {tuple(v.shape)}, expected {tuple(wanted[k].shape)}" for k, v in state.items() if v.shape != wanted[k].shape]
