@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'backbone_spec', 'backbone_family', 'tokens_per_side', 'backbone_size', 'list_backbones', 'WeightReader',
            'quiet_transformers', 'shipped_weights', 'draw_weights', 'assembled', 'encoder_weights', 'Backbone',
-           'told_sensor', 'kernel_origin', 'fit_kernel', 'load_vfm', 'crop_back', 'check_input', 'load_dfm',
+           'sensors_of', 'kernel_origin', 'fit_kernel', 'load_vfm', 'crop_back', 'check_input', 'load_dfm',
            'check_grids', 'CachedTokens']
 
-# %% ../nbs/14_backbones.ipynb #b514d06c
+# %% ../nbs/14_backbones.ipynb #bd73baaa
 import json
 import pickle
 import re
@@ -30,7 +30,8 @@ from .encoders.files import (
     LoadReport, canonical_name, inflation, mixed_kernel, read_weights, require_complete, require_finite, resize_patch,
     resize_positions, weights_sha256)
 from .encoders.spectral import SPECTRAL_BACKBONES, SPECTRAL_FAMILIES, band_statistics
-from .encoders.vit import FAMILIES, RGB_BACKBONES, BackboneSpec, Family, check_published, read_as, translations
+from .encoders.vit import (
+    FAMILIES, RGB_BACKBONES, BackboneSpec, Family, check_published, read_as, translations)
 from .files import few, nearest, read_json, replacing
 
 # %% ../nbs/14_backbones.ipynb #04185601
@@ -80,7 +81,7 @@ def backbone_size(
     return dict(dim=dim, n_layers=n_layers, n_heads=n_heads, patch_size=patch_size, side=side,
         bands=len(spec.bands) or 3, **spec.config)
 
-# %% ../nbs/14_backbones.ipynb #4fe53116
+# %% ../nbs/14_backbones.ipynb #df0df842
 def list_backbones(): # pandas table, one row per name; `params` in millions, encoder only
     "The backbones that `load_vfm` and `load_dfm` know."
     import pandas as pd
@@ -93,9 +94,10 @@ def list_backbones(): # pandas table, one row per name; `params` in millions, en
         "heads": s.n_heads, "patch": s.patch_size, "prefix": s.n_prefix_tokens,
         "params": None if s.unavailable else params(name),
         "licence": s.licence, "gated": s.gated, "hub id": s.hub_id, "timm id": s.timm_id,
-        "file": ", ".join(name for name, _ in s.files), "access": s.unavailable or s.access} for name, s in BACKBONES.items()])
+        "file": ", ".join(name for name, _ in s.files), "access": s.unavailable or s.access}
+        for name, s in BACKBONES.items()])
 
-# %% ../nbs/14_backbones.ipynb #ce8bf5f4
+# %% ../nbs/14_backbones.ipynb #db4b1721
 @dataclass
 class WeightReader:
     "Reads the encoder of a backbone, whoever wrote the weights."
@@ -116,16 +118,18 @@ class WeightReader:
         caused_by = lambda *types: any(isinstance(c, types) for c in chain)
         name, weights, hub_id = self.name, self.weights, self.spec.hub_id
         if (folder := Path(weights)).is_dir():
-            begins = [f"{p.name} begins with {p.open('rb').read(15)}" for p in sorted(folder.glob("*")) if p.suffix in (".safetensors", ".bin")]
+            begins = [f"{p.name} begins with {p.open('rb').read(15)}" for p in sorted(folder.glob("*"))
+                if p.suffix in (".safetensors", ".bin")]
             return ValueError(f"{name}: no model can be read from the folder {weights} ({error}); "
                 f"{few(begins) or 'it holds no weight file'}. It needs config.json and model.safetensors as "
                 "`save_pretrained` writes them; get it again")
         if caused_by(hub.GatedRepoError): return PermissionError(
-            f"{name}: {weights} is gated. Accept its licence on https://huggingface.co/{weights}, then run `hf auth login` or "
-            "set HF_TOKEN" + (f"; or give weights={self.spec.timm_id!r}, the same numbers" if self.spec.timm_id else ""))
+            f"{name}: {weights} is gated. Accept its licence on https://huggingface.co/{weights}, then run `hf auth "
+            "login` or set HF_TOKEN" + f"; or give weights={self.spec.timm_id!r}, the same numbers" * bool(self.spec.timm_id))
         if caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError): return FileNotFoundError(
             f"{name}: {weights} is neither a folder here nor in the hub's cache, and the hub cannot be reached (or "
-            f"HF_HUB_OFFLINE is set). With a network run `hf download {hub_id} --local-dir FOLDER`, then give weights=FOLDER")
+            f"HF_HUB_OFFLINE is set). With a network run `hf download {hub_id} --local-dir FOLDER`, then give "
+            "weights=FOLDER")
         return FileNotFoundError(f"{name}: {weights} is neither a folder here nor a model on the hub "
             f"({str(error).splitlines()[0]}). Its hub id is {hub_id}; elsewhere: {self.spec.access or 'nowhere'}")
 
@@ -136,7 +140,7 @@ class WeightReader:
         except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
             raise self.unreadable(error) from error
 
-# %% ../nbs/14_backbones.ipynb #d27f92cc
+# %% ../nbs/14_backbones.ipynb #d6763e7b
 @patch
 def place(self: WeightReader) -> Path | None: # for `read_weights`; None: a folder or repository for transformers
     "The file or folder of the weights, fetched if it is on the hub."
@@ -145,7 +149,9 @@ def place(self: WeightReader) -> Path | None: # for `read_weights`; None: a fold
     if path.is_file(): return path
     if path.is_dir():
         config = path / "config.json"
-        if config.exists(): return None if library and "model_type" in read_json(config, "download the folder again") else path
+        if config.exists():
+            for_library = library and "model_type" in read_json(config, "download the folder again")
+            return None if for_library else path
         return path if any(p.suffix in suffixes for p in path.iterdir()) else None
     in_repository = rf"(?:hf-hub:)?([\w.-]+/[\w.-]+)/(.+(?:{'|'.join(map(re.escape, suffixes))}))"
     if found := re.fullmatch(in_repository, self.weights): return Path(self.call(hf_hub_download, *found.groups()))
@@ -197,18 +203,20 @@ def from_library(self: WeightReader) -> tuple[dict, dict, LoadReport]: # state, 
     return state, {**self.size, "patch_size": config.patch_size, "side": config.image_size // config.patch_size,
         "bands": config.num_channels, "library_config": config}, report
 
-# %% ../nbs/14_backbones.ipynb #ccaccda8
+# %% ../nbs/14_backbones.ipynb #47dd84d4
 @patch
 def own_size(self: WeightReader,
     state: Mapping[str, Tensor], # of a file, under our names
 ) -> dict:
     "The size, with patch, bands and grid as the tensors say."
     family, size = self.family, dict(self.size)
-    if (kernel := state.get(family.kernel)) is not None: size |= dict(bands=kernel.shape[1], patch_size=kernel.shape[-1])
+    kernel = state.get(family.kernel)
+    if kernel is not None: size |= dict(bands=kernel.shape[1], patch_size=kernel.shape[-1])
     if (table := state.get(family.positions)) is None: return size
     side = table.shape[1] if table.ndim == 4 else round((table.shape[-2] - 1) ** 0.5)
     if table.ndim < 4 and side * side != table.shape[-2] - 1: raise ValueError(
-        f"{self.name}: {family.positions} has {table.shape[-2]} entries, expected one for the class token and a square grid")
+        f"{self.name}: {family.positions} has {table.shape[-2]} entries, expected one for the class token and a square "
+        "grid")
     return size | dict(side=side)
 
 @patch
@@ -221,7 +229,8 @@ def candidates(self: WeightReader,
         configs = [s.config for s in BACKBONES.values() if s.family == name]
         for format, ours, _, unexpected in translations(file, family.formats):
             if len(unexpected) > len(file) / 10 and name != self.spec.family: continue
-            kernel, blocks = ours.get(family.kernel), {m[1] for k in ours if (m := re.search(r"(?:layers?|blocks)\.(\d+)\.", k))}
+            numbered = (re.search(r"(?:layers?|blocks)\.(\d+)\.", k) for k in ours)
+            kernel, blocks = ours.get(family.kernel), {m[1] for m in numbered if m}
             if kernel is None or not blocks:
                 found.append((len(unexpected) + bool(family.kernel), name != self.spec.family, name, None, None))
                 continue
@@ -241,18 +250,20 @@ def remedy(self: WeightReader,
 ) -> str:
     "What a file is, if it is not the one for this model."
     near = self.candidates(file)
-    if not near or near[0][0] > len(file) / 10: return "Its keys are those of no model that is known here: give the published file"
+    if not near or near[0][0] > len(file) / 10:
+        return "Its keys are those of no model that is known here: give the published file"
     _, whose, *found = near[0]
     of_family = [n for n, s in BACKBONES.items() if s.family == whose]
     others = [n for n in of_family if [BACKBONES[n].dim, BACKBONES[n].n_layers] == found] or [*of_family[:3], "..."]
     if whose != self.spec.family: return (f"Its keys are those of a {whose} file ({', '.join(others)}): "
         f"give the file of {self.name}, or load that model")
     wanted = [self.size["dim"], self.size["n_layers"]]
-    if found == wanted: return f"Its width and depth are those of {self.name}, so it is incomplete or altered: get it again"
+    if found == wanted:
+        return f"Its width and depth are those of {self.name}, so it is incomplete or altered: get it again"
     return (f"The file has dim {found[0]} and {found[1]} blocks, expected {wanted[0]} and {wanted[1]}: "
         f"give the file of {self.name}, or pass dim, n_layers and n_heads of this one")
 
-# %% ../nbs/14_backbones.ipynb #db10f5b4
+# %% ../nbs/14_backbones.ipynb #fb5b9ed0
 @patch
 def from_file(self: WeightReader,
     path: Path, # a file, or a folder with one
@@ -263,7 +274,8 @@ def from_file(self: WeightReader,
     file = read_weights(path)
     with torch.device("meta"): wanted = family.build(self.size).state_dict()
     format, state, aside, unexpected = read_as(file, family.formats, wanted)
-    fill = {k: v for k in wanted.keys() - state.keys() for p, v in (format.fill if format else {}).items() if re.fullmatch(p, k)}
+    fill = {k: v for k in wanted.keys() - state.keys() for p, v in (format.fill if format else {}).items()
+        if re.fullmatch(p, k)}
     report = LoadReport(self.weights, format.name if format else "unknown", sorted(state.keys() & wanted.keys()),
         sorted(fill), set_aside=aside, unexpected=unexpected + sorted(state.keys() - wanted.keys()),
         missing=[k for k in wanted if k not in state and k not in fill])
@@ -276,10 +288,11 @@ def from_file(self: WeightReader,
     with torch.device("meta"): wanted = family.build(size).state_dict()
     plain = lambda shape: [n for n in shape if n != 1] # axes of length one that only one side has do not count
     for k, v in state.items():
-        v = v.to(torch.float32, copy=True) if v.is_floating_point() else v # files are mapped, and may be written over later
+        if v.is_floating_point(): v = v.to(torch.float32, copy=True) # files are mapped, and may be written over later
         state[k] = v.reshape(wanted[k].shape) if plain(v.shape) == plain(wanted[k].shape) else v
     state |= {k: torch.full(wanted[k].shape, v) for k, v in fill.items()}
-    report.misshapen = [f"{k}: {tuple(v.shape)}, expected {tuple(wanted[k].shape)}" for k, v in state.items() if v.shape != wanted[k].shape]
+    report.misshapen = [f"{k}: {tuple(v.shape)}, expected {tuple(wanted[k].shape)}" for k, v in state.items()
+        if v.shape != wanted[k].shape]
     if report.misshapen: require_complete(report, name, self.remedy(file))
     require_finite(state, f"{name}: {self.weights}")
     return state, size, report
@@ -366,7 +379,7 @@ def encoder_weights(
         if offset: size = {**size, "position_offset": offset} # from now on this is its own table
     return state, {**size, "patch_size": patch, "side": side}, report
 
-# %% ../nbs/14_backbones.ipynb #3a3b5a17
+# %% ../nbs/14_backbones.ipynb #3c7d4ee1
 class Backbone(nn.Module):
     "A frozen vision transformer whose patch tokens can be read, and refined, after every block."
     pads = {None: "", "zeros": "constant", "replicate": "replicate"} # how images are filled up
@@ -385,7 +398,7 @@ class Backbone(nn.Module):
         report: LoadReport | None = None, # what became of every key, None for random weights
         pad: str | None = None, # how sides that are no multiple of a patch are filled up, None: refused
         kernels: str = "", # where the patch kernel of every band is from, a sentence
-        told: Sensor | None = None, # what the model is told of the bands; None: `sensor`
+        model_sensor: Sensor | None = None, # the bands as the model gets them; None: `sensor`
     ):
         super().__init__()
         self.model, self.name, self.read_only = model.requires_grad_(False), name, read_only
@@ -396,8 +409,9 @@ class Backbone(nn.Module):
         self.n_prefix_tokens, self.sensor, self.report, self.pad = spec.n_prefix_tokens, sensor, report, pad
         self.rgb, self.extra, self.in_bands = list(rgb), list(extra), len(rgb) + len(extra)
         self.extra_bands = nn.Parameter(extra_bands.clone(), train_extra) if extra else None
-        self.kernels, self.told = kernels, told or sensor
-        if pad not in self.pads: raise ValueError(f"{name}: pad is {pad!r}, expected one of {', '.join(map(repr, self.pads))}")
+        self.kernels, self.model_sensor = kernels, model_sensor or sensor
+        if pad not in self.pads: raise ValueError(
+            f"{name}: pad is {pad!r}, expected one of {', '.join(map(repr, self.pads))}")
         self.eval()
 
     @property
@@ -456,7 +470,7 @@ def check_images(self: Backbone,
         f"select {self.in_bands} bands, or load it for the sensor (in_bands)")
     self.grid(*images.shape[-2:])
 
-# %% ../nbs/14_backbones.ipynb #48d7ff9f
+# %% ../nbs/14_backbones.ipynb #4df53839
 @patch
 def embed(self: Backbone,
     images: Tensor, # (B, in_bands, H, W)
@@ -468,7 +482,7 @@ def embed(self: Backbone,
     if self.extra:
         more = F.conv2d(images[:, self.extra], self.extra_bands, stride=self.patch_size)
         more = more.flatten(2).transpose(1, 2) # (b, n, d)
-    return self.family.embed(self.model, images[:, self.rgb], more, self.told)
+    return self.family.embed(self.model, images[:, self.rgb], more, self.model_sensor)
 
 @patch
 def step(self: Backbone,
@@ -519,19 +533,21 @@ def __repr__(self: Backbone):
     return (f"{type(self).__name__}({self.name}: {self.in_bands} bands, {self.n_layers} blocks x {self.dim}, "
             f"patch {self.patch_size}, {'random weights' if weights in (None, 'random') else weights})")
 
-# %% ../nbs/14_backbones.ipynb #5749e92d
-def told_sensor(
+# %% ../nbs/14_backbones.ipynb #95455b13
+def sensors_of(
     in_bands: int | Sensor | Mapping, # as `load_vfm` takes it
     wavelengths: Sequence[float] | None = None, # micrometres, in place of the sensor's own centres
-) -> tuple[Sensor | None, Sensor | None]: # the sensor of the images, and the same with those wavelengths; None: a number
-    "The sensor in `in_bands`, and what a model is told of it."
-    if isinstance(in_bands, Mapping): in_bands = Sensor(**{**in_bands, "bands": tuple(Band(**b) for b in in_bands["bands"])})
+) -> tuple[Sensor | None, Sensor | None]: # of the images, and the same with those wavelengths; None: a number
+    "The sensor in `in_bands`, and the same as a model gets it."
+    if isinstance(in_bands, Mapping): in_bands = Sensor(
+        **{**in_bands, "bands": tuple(Band(**b) for b in in_bands["bands"])})
     if not isinstance(in_bands, (Sensor, int)): raise TypeError(
         f"in_bands is {in_bands!r}, expected a number of bands or a Sensor, as SENSORS['gf2']")
     if isinstance(in_bands, int): return None, None
     if wavelengths is None or tuple(wavelengths) == in_bands.wavelengths: return in_bands, in_bands
     if len(wavelengths) != len(in_bands): raise ValueError(
-        f"{len(wavelengths)} wavelengths ({few(wavelengths)} um) for {in_bands} of {len(in_bands)} bands: give one per band")
+        f"{len(wavelengths)} wavelengths ({few(wavelengths)} um) for {in_bands} of {len(in_bands)} bands: give one per "
+        "band")
     return in_bands, replace(in_bands, bands=tuple(replace(b, center=w) for b, w in zip(in_bands.bands, wavelengths)))
 
 def kernel_origin(
@@ -558,20 +574,20 @@ def fit_kernel(
     key, n = backbone_family(name).kernel, len(mix)
     if size["bands"] != 3: # the weights were converted
         if size["bands"] != n: raise ValueError(
-            f"{name}: the patch kernel in these weights is for {size['bands']} bands, expected 3 or, as in_bands says, {n}: "
-            f"load it for its {size['bands']} bands in their order, or give weights for red, green and blue")
+            f"{name}: the patch kernel in these weights is for {size['bands']} bands, expected 3 or, as in_bands says, "
+            f"{n}: load it for its {size['bands']} bands in their order, or give weights for red, green and blue")
         return state, size, range(n), [], None, f"as in the weights: {few(names)}"
     kernel, origin = mixed_kernel(state[key], mix), kernel_origin(names, mix, rule)
     if rule != "rgb_kept": return {**state, key: kernel}, {**size, "bands": n}, range(n), [], None, origin
     extra = [i for i in range(n) if i not in rgb]
     return state, size, rgb, extra, kernel[:, extra], origin
 
-# %% ../nbs/14_backbones.ipynb #c8b48d26
+# %% ../nbs/14_backbones.ipynb #24b641c7
 def load_vfm(
     name: str, # key of `BACKBONES`, see `list_backbones()`
-    weights: str | Path | None = None, # "random"; a folder, file or hub id (`## Reading weights`); None: shipped (`mini_`) or random
+    weights: str | Path | None = None, # "random"; folder, file or hub id, see above; None: shipped (`mini_`) or random
     in_bands: int | Sensor | Mapping = 3, # bands of the images, or the sensor that has them (as in `source`, too)
-    inflate: str = "rgb_kept", # how further bands get kernels, see `inflation`; a kernel for them in the file is taken as it is
+    inflate: str = "rgb_kept", # how further bands get kernels, see `inflation`, unless the weights hold them
     seed: int = 0, # of random weights
     patch_size: int | None = None, # pixels per token side; None: as pretrained
     image_size: int | None = None, # pixels, for learned positions; None: as pretrained
@@ -579,18 +595,18 @@ def load_vfm(
     extra_share: float = 0.0, # of the mean RGB kernel in the other bands, 0 to 0.2
     train_extra: bool = True, # the other bands' kernels are trained (`rgb_kept`)
     patch_resize: str = "bicubic", # how the patch kernel changes size, see `resize_patch`
-    wavelengths: Sequence[float] | None = None, # micrometres, that the model is told; None: the sensor's own
+    wavelengths: Sequence[float] | None = None, # micrometres, that the model gets in place of the sensor's own
     dim: int | None = None, # token width; None: as pretrained
     n_layers: int | None = None, # blocks; None: as pretrained
     n_heads: int | None = None, # attention heads; None: as pretrained
     pad: str | None = None, # sides that are no multiple of a patch: None refuses, "replicate" or "zeros" fills up
 ) -> Backbone: # frozen
     "A visual foundation model for any number of bands."
-    family, (sensor, told) = backbone_family(name), told_sensor(in_bands, wavelengths)
+    family, (sensor, model_sensor) = backbone_family(name), sensors_of(in_bands, wavelengths)
     given = asdict(sensor) if sensor else in_bands
     if sensor:
         if inflate == "rgb_kept" and not family.needs_sensor: rgb = sensor.rgb_index
-        in_bands, wavelengths = len(sensor), told.wavelengths
+        in_bands, wavelengths = len(sensor), model_sensor.wavelengths
     size = dict(patch_size=patch_size, image_size=image_size, patch_resize=patch_resize,
         dim=dim, n_layers=n_layers, n_heads=n_heads)
     source = dict(name=name, weights=weights and str(weights), in_bands=given, inflate=inflate,
@@ -602,9 +618,10 @@ def load_vfm(
             if sensor is None: raise TypeError(
                 f"{name} has to know the bands: got in_bands={given}, expected a Sensor, as SENSORS['gf2']")
             if inflate != "rgb_kept": raise ValueError(
-                f"{name} takes the bands of {sensor.name} as they are; inflate={inflate!r} is for RGB models: leave it out")
+                f"{name} takes the bands of {sensor.name} as they are; inflate={inflate!r} is for RGB models: leave it "
+                "out")
             state, size, report = encoder_weights(name, weights, seed, **size)
-            state, rgb = family.fit_bands(state, backbone_spec(name), told), range(in_bands)
+            state, rgb = family.fit_bands(state, backbone_spec(name), model_sensor), range(in_bands)
             if family.kernel: size = {**size, "bands": state[family.kernel].shape[1]}
         else:
             mix = inflation(in_bands, inflate, rgb, extra_share, wavelengths)
@@ -613,10 +630,10 @@ def load_vfm(
                 sensor.names if sensor else [f"band {i}" for i in range(in_bands)])
             if report and in_bands != 3: report.inflated.append(f"{family.kernel}: {kernels}")
         model = assembled(family, size, state)
-    return Backbone(model, name, source, size, rgb, extra, extra_bands, train_extra, sensor=sensor, report=report, pad=pad,
-        kernels=kernels, told=told)
+    return Backbone(model, name, source, size, rgb, extra, extra_bands, train_extra, sensor=sensor, report=report,
+        pad=pad, kernels=kernels, model_sensor=model_sensor)
 
-# %% ../nbs/14_backbones.ipynb #bb372b83
+# %% ../nbs/14_backbones.ipynb #25ea6105
 def crop_back(
     backbone: Backbone, # with its `pad`
     maps: Tensor, # (B, K, down, across) on the token grid, or a multiple of it
@@ -625,13 +642,14 @@ def crop_back(
 ) -> Tensor: # (B, K, height, width)
     "A map on the grid of a padded image, at the pixels of the image itself."
     down, across = backbone.grid(height, width)
-    if maps.shape[-2] % down or maps.shape[-1] % across or maps.shape[-2] * across != maps.shape[-1] * down: raise ValueError(
+    h, w = maps.shape[-2:]
+    if h % down or w % across or h * across != w * down: raise ValueError(
         f"maps are {tuple(maps.shape[-2:])}, and {backbone.name} has {down} x {across} tokens for {height} x {width} "
         "pixels: give maps on that grid")
     pixels = (down * backbone.patch_size, across * backbone.patch_size)
     return F.interpolate(maps, size=pixels, mode="bilinear", align_corners=False)[..., :height, :width]
 
-# %% ../nbs/14_backbones.ipynb #cf28ddc4
+# %% ../nbs/14_backbones.ipynb #1554e810
 def check_input(
     backbone: Backbone, # from `load_vfm` or `load_dfm`
     sensor: Sensor, # of the images
@@ -652,13 +670,13 @@ def check_input(
         found = [round(given[i] / white, 4) for i in at]
         wanted = [round(v / spec.scale, 4) for v in own]
         if any(abs(a - b) > 0.01 for a, b in zip(found, wanted, strict=True)): raise ValueError(
-            f"{backbone.name}: the images' {what} is {found} and the weights' {wanted} (full white = 1): standardise with "
-            f"the weights' own, or leave {what} out of the check if other statistics are meant")
+            f"{backbone.name}: the images' {what} is {found} and the weights' {wanted} (full white = 1): standardise "
+            f"with the weights' own, or leave {what} out of the check if other statistics are meant")
 
-# %% ../nbs/14_backbones.ipynb #42f06b78
+# %% ../nbs/14_backbones.ipynb #2647833b
 def load_dfm(
     name: str, # key of `BACKBONES`, see `list_backbones()`
-    weights: str | Path | None = None, # "random"; a folder, file or hub id (`## Reading weights`); None: shipped (`mini_`) or random
+    weights: str | Path | None = None, # "random"; folder, file or hub id, see above; None: shipped (`mini_`) or random
     seed: int = 0, # of random weights
     patch_size: int | str | None = "auto", # pixels per token side; None: as pretrained; "auto": see above
     image_size: int | None = None, # pixels, for learned positions; None: as pretrained
@@ -676,8 +694,8 @@ def load_dfm(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         state, size, report = encoder_weights(name, weights, seed, **size)
         if size["bands"] != 3: raise ValueError(
-            f"{name}: the patch kernel in {weights} is for {size['bands']} bands, expected 3: a depth model sees red, green and "
-            "blue; give the published weights")
+            f"{name}: the patch kernel in {weights} is for {size['bands']} bands, expected 3: a depth model sees red, "
+            "green and blue; give the published weights")
         model = assembled(backbone_family(name), size, state)
     return Backbone(model, name, source, size, range(3), read_only=True, report=report, pad=pad)
 
@@ -702,16 +720,17 @@ def check_grids(
         "or fusion='cross_attention'")
     return grids
 
-# %% ../nbs/14_backbones.ipynb #c09b1523
+# %% ../nbs/14_backbones.ipynb #c1a775c6
 class CachedTokens(Backbone):
-    "A depth model that remembers on disk the tokens of images it has seen."
+    "A depth model that keeps the tokens of its images on disk."
     def __init__(self,
         dfm: Backbone, # from `load_dfm`
         folder: str | Path, # made if absent; models and processes may share it
     ):
         if not dfm.read_only: raise ValueError(
             f"{dfm.name} can be refined or trained, and a cache would hide it: use load_dfm")
-        super().__init__(dfm.model, dfm.name, dfm.source, dfm.size, dfm.rgb, read_only=True, report=dfm.report, pad=dfm.pad)
+        super().__init__(dfm.model, dfm.name, dfm.source, dfm.size, dfm.rgb, read_only=True, report=dfm.report,
+            pad=dfm.pad)
         self.folder, self._fingerprint = Path(folder), dfm.fingerprint()
         self.folder.mkdir(parents=True, exist_ok=True)
 

@@ -33,7 +33,7 @@ def read_checkpoint(
     require_finite(state, str(path))
     return state
 
-# %% ../nbs/18_checkpoints.ipynb #97dc4366
+# %% ../nbs/18_checkpoints.ipynb #e91e7825
 RELEASED_MAPS = {"mlp_token2feat": "to_feature", "mlp_delta_f": "to_delta", "transform": "to_query", "merge": "merge"}
 RELEASED_BUFFERS = {"mean": 0.0, "std": 1.0}
 RELEASED_PREFIX = "backbone.depthmoe."
@@ -51,10 +51,11 @@ def released_shapes(
     shapes |= {f"experts_a.{l}.{e}": (n_tokens, rank) for l in layers for e in range(n_experts)}
     shapes |= {f"experts_b.{l}.{e}": (rank, dim) for l in layers for e in range(n_experts)}
     shapes |= {f"{w}.{l}.{j}": (dim, n_experts) for w in ("w_gate", "w_noise") for l in layers for j in (0, 1)}
-    maps = {"mlp_token2feat": (dim, dim), "mlp_delta_f": (dim, dim), "transform": (query_dim, dim), "merge": (query_dim, 3 * query_dim)}
+    maps = {"mlp_token2feat": (dim, dim), "mlp_delta_f": (dim, dim), "transform": (query_dim, dim),
+        "merge": (query_dim, 3 * query_dim)}
     return shapes | {f"{n}.weight": s for n, s in maps.items()} | {f"{n}.bias": s[:1] for n, s in maps.items()}
 
-# %% ../nbs/18_checkpoints.ipynb #f40fb53b
+# %% ../nbs/18_checkpoints.ipynb #a7eac7d1
 def _account(what, found, expected):
     "Raise unless names, and shapes where they are known, are those expected."
     missing, left = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
@@ -65,7 +66,8 @@ def _account(what, found, expected):
     if not isinstance(expected, Mapping): return
     other = [f"{k} is {tuple(found[k].shape)}, expected {tuple(shape)}" for k, shape in expected.items()
              if tuple(found[k].shape) != tuple(shape)]
-    if other: raise ValueError(f"{what}: {len(other)} keys of another shape ({few(other)}): the file is of other sizes, or damaged")
+    if other: raise ValueError(
+        f"{what}: {len(other)} keys of another shape ({few(other)}): the file is of other sizes, or damaged")
 
 def convert_released_adapter(
     state: Mapping[str, Tensor], # released names, with or without the prefix `backbone.depthmoe.`
@@ -80,7 +82,8 @@ def convert_released_adapter(
     layers, experts = (range(1 + max(numbers)) for numbers in zip(*seen))
     what = f"{where}, adapter of {len(layers)} layers and {len(experts)} experts"
     buffers = {k: v for k, v in RELEASED_BUFFERS.items() if k in state}
-    given, names = {k: v for k, v in state.items() if k not in buffers}, released_shapes(len(layers), len(experts), 1, 1, 1, 1)
+    given, names = {k: v for k, v in state.items() if k not in buffers}, released_shapes(len(layers), len(experts),
+        1, 1, 1, 1)
     _account(what, given, set(names))
     usual = lambda part: Counter(tuple(v.shape) for k, v in given.items() if k.startswith(part)).most_common(1)[0][0]
     (m, r), dim, query_dim = usual("experts_a."), usual("experts_b.")[-1], given["transform.bias"].numel()
@@ -114,10 +117,12 @@ def released_adapter_state(
         else: state[".".join([named.get(part, part), layer]).rstrip(".")] = v.clone()
     return state
 
-# %% ../nbs/18_checkpoints.ipynb #c0e85b22
-HEAD_PREFIX, HEAD_REBUILT = "decode_head.", {"loss_cls.class_weight"} # the latter is made anew from the number of classes
+# %% ../nbs/18_checkpoints.ipynb #82b77587
+HEAD_PREFIX = "decode_head."
+HEAD_REBUILT = {"loss_cls.class_weight"} # made anew from the number of classes
 _LEVELS = "pixel_decoder.level_encoding.weight", "pixel_decoder.level_embed"
-_PIXELS, _QUERIES = "pixel_decoder.encoder.layers.*.", ("transformer_decoder.layers.*.", "transformer.decoder.layers.*.")
+_PIXELS, _QUERIES = "pixel_decoder.encoder.layers.*.", ("transformer_decoder.layers.*.",
+    "transformer.decoder.layers.*.")
 HEAD_NAMES = {
     "pixel_decoder.input_convs.*.conv": "pixel_decoder.input_projections.*.0",
     "pixel_decoder.input_convs.*.gn": "pixel_decoder.input_projections.*.1",
@@ -206,7 +211,7 @@ def released_state(
     return {**{RELEASED_PREFIX + k: v for k, v in released_adapter_state(part("adapter.")).items()},
             **{HEAD_PREFIX + k: v for k, v in mmseg_head_state(part("head.")).items()}}
 
-# %% ../nbs/18_checkpoints.ipynb #9464f20c
+# %% ../nbs/18_checkpoints.ipynb #c836fa89
 def released_sizes(
     ours: Mapping[str, Tensor], # adapter.* and head.*, from `convert_released`
     where: str = "released checkpoint", # the file, for messages
@@ -217,7 +222,8 @@ def released_sizes(
     try:
         n_experts, n_tokens, rank = ours["adapter.experts.0.A"].shape
         rows = lambda key: ours[f"head.{key}.weight"].shape[0]
-        widths = [ours[f"head.{k}.weight"].shape[1] for k in ("classifier", "transformer.queries_features", "transformer.level_embed")]
+        widths = [ours[f"head.{k}.weight"].shape[1]
+            for k in ("classifier", "transformer.queries_features", "transformer.level_embed")]
         head = dict(hidden=Counter(widths).most_common(1)[0][0], n_queries=rows("transformer.queries_features"),
                     encoder_layers=count(encoder), decoder_layers=count(decoder),
                     encoder_width=rows(f"{encoder}.layers.0.fc1"), decoder_width=rows(f"{decoder}.layers.0.fc1"),
@@ -225,9 +231,10 @@ def released_sizes(
     except (KeyError, ValueError) as e:
         raise ValueError(f"{where}: no Mask2Former head to be found under {HEAD_PREFIX} (looked for {e}): "
                          "it is cut off, or holds the adapter alone (`convert_released_adapter`)") from e
-    return dict(n_experts=n_experts, n_tokens=n_tokens, rank=rank, query_dim=ours["adapter.to_query.weight"].shape[0]), head
+    return dict(n_experts=n_experts, n_tokens=n_tokens, rank=rank,
+        query_dim=ours["adapter.to_query.weight"].shape[0]), head
 
-# %% ../nbs/18_checkpoints.ipynb #a95ab7c0
+# %% ../nbs/18_checkpoints.ipynb #634e7616
 def _backbone(given, load, ours, **kwargs):
     "The model given, if this checkpoint can belong to it."
     named = {"name": given} if isinstance(given, str) else given
@@ -269,19 +276,22 @@ def segmentor_from_released(
     expected = released_state({k: v.to("meta") for k, v in model.trained_state_dict().items()})
     other = [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}" for k, v in expected.items()
              if k in state and state[k].shape != v.shape]
-    if other: raise ValueError(f"{where}: {len(other)} keys of another shape ({few(other)}): the file is of other sizes, or damaged")
+    if other: raise ValueError(
+        f"{where}: {len(other)} keys of another shape ({few(other)}): the file is of other sizes, or damaged")
     model.load_trained(ours, where)
     return model.eval()
 
-# %% ../nbs/18_checkpoints.ipynb #1f5c6c76
+# %% ../nbs/18_checkpoints.ipynb #b4f51cee
 def _same_arithmetic(cfg):
     "Raise unless the authors' code would compute the same from the same tensors."
-    if not cfg: raise ValueError("the model has no SpectralMoE adapter, and the released layout is one: method='released'")
+    if not cfg: raise ValueError(
+        "the model has no SpectralMoE adapter, and the released layout is one: method='released'")
     names = ("perceptual", "combine", "fusion", "gate_weighting", "dual_gating")
     released = SpectralMoEConfig.released(cfg["dim"], cfg["n_layers"]).to_dict()
     differ = [f"{n} is {cfg[n]!r} and there {released[n]!r}" for n in names if cfg[n] != released[n]]
-    if differ: raise ValueError(f"the released code would compute something else from these tensors: {'; '.join(differ)}. "
-                                "Train with method='released' to exchange weights with it")
+    if differ: raise ValueError(
+        f"the released code would compute something else from these tensors: {'; '.join(differ)}. "
+        "Train with method='released' to exchange weights with it")
 
 def to_released(
     model: Segmentor, # method "released", or another with the same arithmetic
@@ -290,12 +300,13 @@ def to_released(
     _same_arithmetic(model.adapter.cfg.to_dict() if model.adapter else {})
     return released_state(model.trained_state_dict())
 
-# %% ../nbs/18_checkpoints.ipynb #14c556b6
+# %% ../nbs/18_checkpoints.ipynb #d23c8047
 def _checkpoint_file(folder, to):
     "A folder of ours as the authors' checkpoint."
     from safetensors.torch import save_file
     writers = {".pth": lambda state, path: torch.save({"state_dict": state}, path), ".safetensors": save_file}
-    if to.suffix not in writers: raise ValueError(f"{folder} is a folder, so {to} has to end with {' or '.join(writers)}")
+    if to.suffix not in writers: raise ValueError(
+        f"{folder} is a folder, so {to} has to end with {' or '.join(writers)}")
     if not (folder / "config.json").exists(): raise FileNotFoundError(
         f"{folder} holds no config.json: give a folder written by Segmentor.save_pretrained")
     _same_arithmetic(read_json(folder / "config.json", "save the model again").get("adapter"))
@@ -316,7 +327,8 @@ def convert(
     file, to = Path(file), Path(to)
     if to.exists(): raise FileExistsError(f"{to} is there already: name one that is not, or delete it first")
     if file.is_dir(): return _checkpoint_file(file, to)
-    if to.suffix in (".pth", ".safetensors"): raise ValueError(f"{file} is a checkpoint, so {to} has to be a folder: leave {to.suffix} out")
+    if to.suffix in (".pth", ".safetensors"): raise ValueError(
+        f"{file} is a checkpoint, so {to} has to be a folder: leave {to.suffix} out")
     if benchmark is None: raise ValueError(
         f"{file} does not say which classes and bands it was trained on: give `benchmark`, a key of BENCHMARKS or a "
         "Benchmark of your own with its classes in order")
@@ -324,7 +336,8 @@ def convert(
     model.save_pretrained(to)
     write_json(to / "conversion.json", {
         "from": file.name, "sha256": file_sha256(file), "benchmark": model.task["name"], "visual": repr(model.vfm),
-        "patch kernels": model.vfm.kernels, "depth": repr(model.dfm), "gating": model.adapter.cfg.gating, "top_k": model.adapter.cfg.top_k})
+        "patch kernels": model.vfm.kernels, "depth": repr(model.dfm), "gating": model.adapter.cfg.gating,
+            "top_k": model.adapter.cfg.top_k})
     return to
 
 # %% ../nbs/18_checkpoints.ipynb #7b214608

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..files import few, read_json
 
-# %% ../../nbs/encoders/00_files.ipynb #c4dd1160
+# %% ../../nbs/encoders/00_files.ipynb #4d9b445d
 def file_kind(
     path: Path, # a file that should hold weights
 ) -> str: # "safetensors", "zip" (torch.save, TorchScript) or "pickle" (torch.save before 1.6)
@@ -37,9 +37,11 @@ def file_kind(
     if begin[:2] == b"PK": return "zip"
     if begin[8:9] == b"{": return "safetensors" # after the length of its header
     if begin[:1] == b"\x80": return "pickle"
-    if b"git-lfs" in begin[:64]: why = "a pointer of Git LFS, not the weights: run `git lfs pull`, or download the file itself"
+    if b"git-lfs" in begin[:64]: why = (
+        "a pointer of Git LFS, not the weights: run `git lfs pull`, or download the file itself")
     elif re.match(rb"\s*(<!doctype|<html|<\?xml)", begin, re.I): why = (
-        "a web page saved under the name of the weights (a sign-in or licence page): accept the licence, then download again")
+        "a web page saved under the name of the weights (a sign-in or licence page): accept the licence, then download "
+        "again")
     elif not begin: why = "empty: download it again"
     else: why = f"no weights, it begins with {begin[:15]}: expected safetensors, or a file of `torch.save`"
     raise ValueError(f"{path} ({path.stat().st_size} bytes) is {why}")
@@ -82,7 +84,7 @@ def pickled_names(
                 if isinstance(last, str): texts.append(last)
     return found
 
-# %% ../../nbs/encoders/00_files.ipynb #2f3e8392
+# %% ../../nbs/encoders/00_files.ipynb #f7988438
 _PLAIN = re.compile(r"torch\.(?:\w+Storage|Size|device|_utils\._rebuild_\w+|storage\.\w+)|collections\.OrderedDict"
                     r"|_codecs\.encode|argparse\.Namespace")
 
@@ -96,11 +98,12 @@ def _not_unpickled(path, error):
     code = [found[1]] if found else [
         n for n in pickled_names(path) if INERT.get(n) is not _Nothing and not _PLAIN.fullmatch(n)]
     if code: return ValueError(
-        f"{path} holds more than weights: pickled code or objects ({few(dict.fromkeys(code))}), which were not run. If you "
-        "trust its source, load it once where nothing can be lost and save its tensors with safetensors.torch.save_file")
+        f"{path} holds more than weights: pickled code or objects ({few(dict.fromkeys(code))}), which were not run. If "
+        "you trust its source, load it once where nothing can be lost and save its tensors with "
+        "safetensors.torch.save_file")
     if "Unsupported operand" in str(error): return ValueError(
-        f"{path} is pickled in another way than `torch.save` does (a later protocol, or made by hand) and cannot be read without "
-        "running it: save its tensors with torch.save(state_dict, path) or safetensors.torch.save_file")
+        f"{path} is pickled in another way than `torch.save` does (a later protocol, or made by hand) and cannot be "
+        "read without running it: save its tensors with torch.save(state_dict, path) or safetensors.torch.save_file")
     return _damaged(path, error)
 
 # %% ../../nbs/encoders/00_files.ipynb #90b2dae9
@@ -164,7 +167,7 @@ def read_torchscript(
             try: return dict(_Tensors(file, lambda key: archive.read(f"{root}data/{key}")).load().tensors())
             except pickle.UnpicklingError as error: raise _not_unpickled(path, error) from error
 
-# %% ../../nbs/encoders/00_files.ipynb #4da3e443
+# %% ../../nbs/encoders/00_files.ipynb #44904a9e
 def weight_files(
     folder: Path, # of a model
 ) -> list[Path]: # the files that together hold its weights
@@ -178,7 +181,8 @@ def weight_files(
     found = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
     best = [p for p in found if p.suffix == ".safetensors"] or found
     if len(best) == 1: return best
-    raise FileNotFoundError(f"{folder} holds {few(p.name for p in best) or 'no file of weights'}: give the one file that is meant")
+    raise FileNotFoundError(
+        f"{folder} holds {few(p.name for p in best) or 'no file of weights'}: give the one file that is meant")
 
 # %% ../../nbs/encoders/00_files.ipynb #b759bf92
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "teacher")
@@ -209,16 +213,18 @@ def read_weights(
         except (SafetensorError, OSError) as error: raise _damaged(file, error) from error
     return state
 
-# %% ../../nbs/encoders/00_files.ipynb #7882f999
+# %% ../../nbs/encoders/00_files.ipynb #5a3d00e8
 def require_finite(
     state: Mapping[str, Tensor], # weights by name
     where: str, # they are from, for the message
 ) -> None:
     "Raise if a tensor holds NaN or infinity."
-    bad = {k: int((~v.isfinite()).sum()) for k, v in state.items() if v.is_floating_point() and not v.is_meta and not v.isfinite().all()}
+    bad = {k: int((~v.isfinite()).sum()) for k, v in state.items() if v.is_floating_point() and not v.is_meta
+        and not v.isfinite().all()}
     if bad: raise ValueError(
-        f"{where}: {few(f'{k} ({n} of {state[k].numel()} values)' for k, n in bad.items())} not finite (NaN or infinity), expected "
-        "numbers: the training diverged or the file is damaged; take an earlier checkpoint, or download it again")
+        f"{where}: {few(f'{k} ({n} of {state[k].numel()} values)' for k, n in bad.items())} not finite (NaN or "
+        "infinity), expected numbers: the training diverged or the file is damaged; take an earlier checkpoint, or "
+        "download it again")
 
 # %% ../../nbs/encoders/00_files.ipynb #6c0b6c0d
 @dataclass

@@ -75,7 +75,7 @@ def sincos_table(
     rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
     return F.pad(torch.cat([columns, rows], -1).flatten(0, 1), (0, 0, 1, 0))[None]
 
-# %% ../../nbs/encoders/02_spectral.ipynb #94a4b650
+# %% ../../nbs/encoders/02_spectral.ipynb #89a0cca5
 class SpectralFamily(Family):
     "A family that takes the bands of a sensor as they are."
     needs_sensor = True
@@ -109,7 +109,8 @@ class SpectralFamily(Family):
             delattr(model, name)
             model.register_buffer(name, value)
         for module in model.modules(): # libraries draw biases at random
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and module.bias is not None: nn.init.zeros_(module.bias)
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and module.bias is not None: nn.init.zeros_(
+                module.bias)
         return model
 
     def check_float32(self, model: nn.Module) -> None:
@@ -151,13 +152,14 @@ class DOFAFamily(SpectralFamily):
         patches, _ = model.patch_embed(images, torch.tensor(centers, device=images.device))
         return self.with_class(model, patches, resize_positions(model.pos_embed, grid)), {}
 
-# %% ../../nbs/encoders/02_spectral.ipynb #b7eef8bc
+# %% ../../nbs/encoders/02_spectral.ipynb #4ba24aac
 _kept_fm = r"((?:cls_token|pos_embed|patch_embed_spectral\..*|(?:coord|scale|time)_(?:fc\..*|token)|blocks\..*))"
 
 class CopernicusFMFamily(SpectralFamily):
     "Copernicus-FM (arXiv 2503.11849) as torchgeo builds it, without the generator for variables that are no bands."
     name, positions = "copernicus-fm", "pos_embed"
-    formats = (Format("original", ((_kept_fm, r"\1"), (r"mask_token|(?:patch_embed_variable|norm|fc_norm|head)\..*", None))),)
+    formats = (Format("original", ((_kept_fm, r"\1"),
+        (r"mask_token|(?:patch_embed_variable|norm|fc_norm|head)\..*", None))),)
 
     def build(self, size):
         model = torchgeo_module("copernicusfm").CopernicusFM(img_size=size["side"] * size["patch_size"],
@@ -178,7 +180,7 @@ class CopernicusFMFamily(SpectralFamily):
             (model.time_fc, model.time_token)))
         return self.with_class(model, patches, resize(model.pos_embed, grid, (side, side)) + unknown), {}
 
-# %% ../../nbs/encoders/02_spectral.ipynb #a4113517
+# %% ../../nbs/encoders/02_spectral.ipynb #018b0249
 _DINOV2_FILE = Format("original", ((_kept, r"\1"), (r"mask_token|norm\..*", None)))
 
 class PanopticonFamily(SpectralFamily):
@@ -192,7 +194,8 @@ class PanopticonFamily(SpectralFamily):
             f"panopticon: dim {dim} has to be a multiple of 16, the heads of its attention over bands: change dim")
         model = timm.create_model("vit_base_patch14_dinov2", img_size=side * patch, patch_size=patch, embed_dim=dim,
             depth=size["n_layers"], num_heads=size["n_heads"], num_classes=0)
-        model.patch_embed = torchgeo_module("panopticon").PanopticonPE(attn_dim=3 * dim, embed_dim=dim, patch_size=patch,
+        model.patch_embed = torchgeo_module("panopticon").PanopticonPE(attn_dim=3 * dim, embed_dim=dim,
+            patch_size=patch,
             img_size=side * patch, chnfus_cfg=dict(attn_cfg=dict(num_heads=16)))
         model.norm = nn.Identity()
         return self.prepared(model)
@@ -313,7 +316,7 @@ class SenPaMAEFamily(GroupedFamily):
 
     def step(self, block, tokens, args): return block(tokens)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #0888e577
+# %% ../../nbs/encoders/02_spectral.ipynb #81032c0b
 _GALILEO_GROUPS = {"S2_RGB": ("B2", "B3", "B4"), "S2_Red_Edge": ("B5", "B6", "B7"), "S2_NIR_10m": ("B8",),
     "S2_NIR_20m": ("B8A",), "S2_SWIR": ("B11", "B12")}
 _GALILEO_BANDS = sum(_GALILEO_GROUPS.values(), ())
@@ -337,8 +340,8 @@ class GalileoFamily(GroupedFamily):
         used = [i for at in groups.values() for i in at]
         left = [f"{sensor.names[i]} ({b})" for i, b in enumerate(matched) if i not in used]
         if left: raise ValueError(
-            f"galileo takes whole groups of bands, each once ({'; '.join(map(' '.join, _GALILEO_GROUPS.values()))}), and of "
-            f"sensor {sensor.name!r} it cannot use {few(left)}: leave them out with `Sensor.select`")
+            f"galileo takes whole groups of bands, each once ({'; '.join(map(' '.join, _GALILEO_GROUPS.values()))}), and "
+            f"of sensor {sensor.name!r} it cannot use {few(left)}: leave them out with `Sensor.select`")
         return groups
 
     def fit_bands(self, state, spec, sensor):
@@ -387,9 +390,10 @@ def embed(self: GalileoFamily, model, images, more, sensor):
     places = self.places(model, groups, grid, sensor.gsd or 10, images.device)
     return (torch.stack(patches, 3) + places).flatten(1, 3), dict(groups=len(groups))
 
-# %% ../../nbs/encoders/02_spectral.ipynb #614c6d38
+# %% ../../nbs/encoders/02_spectral.ipynb #7fe12a94
 SPECTRAL_FAMILIES: dict[str, Family] = {
-    f.name: f for f in (DOFAFamily(), CopernicusFMFamily(), PanopticonFamily(), SoftConFamily(), SenPaMAEFamily(), GalileoFamily())}
+    f.name: f for f in (DOFAFamily(), CopernicusFMFamily(), PanopticonFamily(), SoftConFamily(), SenPaMAEFamily(),
+        GalileoFamily())}
 
 _VIT = dict(small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16))
 

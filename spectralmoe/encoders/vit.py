@@ -192,7 +192,7 @@ def computed(self: Family, model: nn.Module) -> dict[str, Tensor]: # by name; em
     "Values that decide the result, are in no weight, and differ from the library's own."
     return {}
 
-# %% ../../nbs/encoders/01_vit.ipynb #f699b0b0
+# %% ../../nbs/encoders/01_vit.ipynb #7139af71
 _BLOCK, _DEEP = r"blocks\.(\d+)\.", r"model.layer.\1." # theirs, ours
 _NO_MASK = {r".*mask_token": 0.0} # only pretraining reads it
 _COMBINED = r"depth_anything\..+" # the depth model in the authors' combined file
@@ -200,7 +200,8 @@ _parts = lambda name, kind, which="qkv": tuple(f"{name}{p}_proj.{kind}" if p in 
 _DINOV3 = (
     (r"(cls_token|mask_token)", r"embeddings.\1"), (r"norm\.(.+)", r"norm.\1"),
     (r"patch_embed\.proj\.(.+)", r"embeddings.patch_embeddings.\1"),
-    (_BLOCK + r"norm([12])\.(.+)", _DEEP + r"norm\2.\3"), (_BLOCK + r"attn\.proj\.(.+)", _DEEP + r"attention.o_proj.\2"),
+    (_BLOCK + r"norm([12])\.(.+)", _DEEP + r"norm\2.\3"),
+        (_BLOCK + r"attn\.proj\.(.+)", _DEEP + r"attention.o_proj.\2"),
     (_BLOCK + r"attn\.qkv\.weight", _parts(_DEEP + "attention.", "weight")),
     (_BLOCK + r"mlp\.fc1\.(.+)", _DEEP + r"mlp.up_proj.\2"), (_BLOCK + r"mlp\.fc2\.(.+)", _DEEP + r"mlp.down_proj.\2"))
 _DINOV3_META = _DINOV3 + (
@@ -212,12 +213,14 @@ _DINOV3_META = _DINOV3 + (
 _DINOV3_TIMM = _DINOV3 + (
     (r"reg_token", "embeddings.register_tokens"), (_BLOCK + r"gamma_([12])", _DEEP + r"layer_scale\2.lambda1"),
     (_BLOCK + r"attn\.([qv])_bias", _DEEP + r"attention.\2_proj.bias"),
-    (_BLOCK + r"mlp\.fc1_g\.(.+)", _DEEP + r"mlp.gate_proj.\2"), (_BLOCK + r"mlp\.fc1_x\.(.+)", _DEEP + r"mlp.up_proj.\2"))
+    (_BLOCK + r"mlp\.fc1_g\.(.+)", _DEEP + r"mlp.gate_proj.\2"),
+        (_BLOCK + r"mlp\.fc1_x\.(.+)", _DEEP + r"mlp.up_proj.\2"))
 
-# %% ../../nbs/encoders/01_vit.ipynb #21dd2f68
+# %% ../../nbs/encoders/01_vit.ipynb #81f0af28
 def _library_config(size, kind, **fields):
     "The config of transformers for `size`: the file's own where it came with one."
-    pixels = dict(patch_size=size["patch_size"], image_size=size["side"] * size["patch_size"], num_channels=size["bands"])
+    pixels = dict(patch_size=size["patch_size"], image_size=size["side"] * size["patch_size"],
+        num_channels=size["bands"])
     if (own := size.get("library_config")) is None: return kind(
         hidden_size=size["dim"], num_hidden_layers=size["n_layers"], num_attention_heads=size["n_heads"], **pixels,
         **fields)
@@ -261,7 +264,7 @@ class DINOv3Family(Family):
 
     def blocks(self, model): return model.model.layer
 
-# %% ../../nbs/encoders/01_vit.ipynb #58a42b20
+# %% ../../nbs/encoders/01_vit.ipynb #66ed5a75
 @patch
 def beside(self: DINOv3Family, file, size):
     "The rotary periods of Meta's files."
@@ -269,8 +272,8 @@ def beside(self: DINOv3Family, file, size):
     if found is None: return {}
     periods, n = found.double().flatten().tolist(), size["dim"] // size["n_heads"] // 4
     if len(periods) != n or not all(v and math.isfinite(v) for v in periods): raise ValueError(
-        f"rope_embed.periods are {periods[:4]}... ({len(periods)}), expected {n} finite numbers other than 0: the file is of "
-        "another model or number of heads, or damaged")
+        f"rope_embed.periods are {periods[:4]}... ({len(periods)}), expected {n} finite numbers other than 0: the file "
+        "is of another model or number of heads, or damaged")
     return dict(rope_periods=periods)
 
 @patch
@@ -281,18 +284,20 @@ def computed(self: DINOv3Family, model):
     usual = 1 / base ** torch.arange(0, 1, 1 / n, dtype=torch.float32)[:n]
     return {} if torch.allclose(own, usual, rtol=1e-5, atol=0) else {"rope_embeddings.inv_freq": own}
 
-# %% ../../nbs/encoders/01_vit.ipynb #785760bb
+# %% ../../nbs/encoders/01_vit.ipynb #594c9fef
 _DEEP2 = r"encoder.layer.\1."
 _DINOV2 = (
     (r"(cls_token|mask_token|register_tokens)", r"embeddings.\1"),
     (r"pos_embed", "embeddings.position_embeddings"), (r"norm\.(.+)", r"layernorm.\1"),
     (r"patch_embed\.proj\.(.+)", r"embeddings.patch_embeddings.projection.\1"),
-    (_BLOCK + r"norm([12])\.(.+)", _DEEP2 + r"norm\2.\3"), (_BLOCK + r"attn\.proj\.(.+)", _DEEP2 + r"attention.o_proj.\2"),
+    (_BLOCK + r"norm([12])\.(.+)", _DEEP2 + r"norm\2.\3"),
+        (_BLOCK + r"attn\.proj\.(.+)", _DEEP2 + r"attention.o_proj.\2"),
     (_BLOCK + r"attn\.qkv\.weight", _parts(_DEEP2 + "attention.", "weight")),
     (_BLOCK + r"attn\.qkv\.bias", _parts(_DEEP2 + "attention.", "bias")),
     (_BLOCK + r"ls([12])\.gamma", _DEEP2 + r"layer_scale\2.lambda1"))
 _MLP = ((_BLOCK + r"mlp\.(fc[12])\.(.+)", _DEEP2 + r"mlp.\2.\3"),)
-_halves = lambda name: ((_BLOCK + rf"mlp\.{name[0]}\.(.+)", tuple(_DEEP2 + rf"mlp.{p}_proj.\2" for p in ("gate", "up"))),
+_halves = lambda name: ((_BLOCK + rf"mlp\.{name[0]}\.(.+)",
+    tuple(_DEEP2 + rf"mlp.{p}_proj.\2" for p in ("gate", "up"))),
     (_BLOCK + rf"mlp\.{name[1]}\.(.+)", _DEEP2 + r"mlp.down_proj.\2"))
 _DINOV2_META = _DINOV2 + _MLP + _halves(("w12", "w3"))
 _DINOV2_HF = tuple((rf"(encoder\.layer\.\d+\.)attention\.{old}\.(.+)", rf"\1attention.{new}_proj.\2") for old, new in (
@@ -301,7 +306,7 @@ _DINOV2_HF = tuple((rf"(encoder\.layer\.\d+\.)attention\.{old}\.(.+)", rf"\1atte
     (r"(encoder\.layer\.\d+\.mlp\.)weights_out\.(.+)", r"\1down_proj.\2"),
     (r"(?:embeddings|encoder|layernorm)\..+", r"\g<0>"))
 
-# %% ../../nbs/encoders/01_vit.ipynb #70eb8bf8
+# %% ../../nbs/encoders/01_vit.ipynb #3d6b842a
 def _class_position(state):
     "timm's table with the entry of the class token that it has added already."
     return {**state, "pos_embed": F.pad(state["pos_embed"], (0, 0, 1, 0))} if "reg_token" in state else state
@@ -318,7 +323,7 @@ class DINOv2Family(Family):
 
     def __init__(self,
         name: str = "dinov2", # key of `FAMILIES`
-        library: Mapping = {"dinov2": ("Dinov2Model", "")}, # {model_type: (transformers class, its encoder's attribute)}
+        library: Mapping = {"dinov2": ("Dinov2Model", "")}, # see `Family.library`
         formats: tuple = (_META, _HF, *_TIMM), # `Format`s its files come in
     ): self.name, self.library, self.formats = name, library, formats
 
@@ -341,7 +346,7 @@ class DINOv2Family(Family):
 
     def blocks(self, model): return model.encoder.layer
 
-# %% ../../nbs/encoders/01_vit.ipynb #316e9bbe
+# %% ../../nbs/encoders/01_vit.ipynb #f7142a25
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # ImageNet's red, green, blue
 _PROMPT, _PROMPT_HF = r"depth_head\..*resConfUnit_depth.*", r"neck\..*prompt_depth_layer.*"
 
@@ -365,19 +370,21 @@ _DINOV2_FAMILIES = (
         {"prompt_depth_anything": ("PromptDepthAnythingForDepthEstimation", "backbone")}, (
         _depth_format("pipeline.pretrained.", r"pipeline\.depth_head\..+"),
         _depth_format("pretrained.", r"depth_head\..+", needs=rf"_mean|{_PROMPT}"),
-        _depth_format("depth_anything.pretrained.", r"(?!depth_anything\.).+|depth_anything\.(?:pretrained\.)?depth_head\..+",
+        _depth_format("depth_anything.pretrained.",
+            r"(?!depth_anything\.).+|depth_anything\.(?:pretrained\.)?depth_head\..+",
             "combined"),
         _depth_hf(r"(?:neck|head)\..+", _PROMPT_HF))),
     DINOv2Family("depth_anything_3", {}, (
         _depth_format("model.backbone.pretrained.", r"model\.head\..+"),
         _depth_format("backbone.pretrained.", r"head\..+"))))
 
-# %% ../../nbs/encoders/01_vit.ipynb #3f324913
+# %% ../../nbs/encoders/01_vit.ipynb #cbfbff16
 def _clip_rules(block, embeddings, pre, post, *rules):
     "Rules from a publisher's names of embeddings, norms and the parts of a block."
     deep = r"encoder.layers.\1."
     named = zip(embeddings, ("class_embedding", "position_embedding.weight", "patch_embedding.weight"))
-    parts = ((block + theirs, tuple(deep + o for o in ours) if isinstance(ours, tuple) else deep + ours) for theirs, ours in rules)
+    parts = ((block + theirs, tuple(deep + o for o in ours) if isinstance(ours, tuple) else deep + ours) for theirs,
+        ours in rules)
     return (*((theirs, rf"embeddings.{ours}") for theirs, ours in named),
         (pre + r"\.(.+)", r"pre_layrnorm.\1"), (post + r"\.(.+)", r"post_layernorm.\1"), *parts)
 
@@ -397,9 +404,11 @@ class CLIPFamily(Family):
     library = {"clip": ("CLIPModel", "vision_model"), "clip_vision_model": ("CLIPVisionModel", "")}
     formats = (
         Format("original", _OPENAI + ((r"proj", None),), ("visual.",), r"(?:transformer|token_embedding|ln_final)\..+|"
-            r"positional_embedding|text_projection|logit_scale|input_resolution|context_length|vocab_size|" + _COMBINED),
+            r"positional_embedding|text_projection|logit_scale|input_resolution|context_length|vocab_size|"
+            + _COMBINED),
         Format("timm", _CLIP_TIMM + ((r"head\..+", None),)),
-        Format("transformers", ((r"(?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+", r"\g<0>"),), ("vision_model.", ""),
+        Format("transformers", ((r"(?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+", r"\g<0>"),),
+            ("vision_model.", ""),
             r"text_model\..+|(?:visual|text)_projection\..+|logit_scale|(?:vision_model\.)?embeddings\.position_ids"))
 
     def build(self, size):
@@ -419,12 +428,13 @@ def whole_map_blocks(
     "Which blocks of SAM attend to the whole map."
     return sorted({n_layers * i // 4 - 1 for i in range(1, 5)} - {-1})
 
-# %% ../../nbs/encoders/01_vit.ipynb #a931b9bf
+# %% ../../nbs/encoders/01_vit.ipynb #42b9aa92
 _DEEP_SAM = r"layers.\1."
 _SAM = ((r"pos_embed", r"\g<0>"), (r"patch_embed\.proj\.(.+)", r"patch_embed.projection.\1"),
     (_BLOCK + r"norm([12])\.(.+)", _DEEP_SAM + r"layer_norm\2.\3"), (_BLOCK + r"(attn\..+)", _DEEP_SAM + r"\2"),
     (_BLOCK + r"mlp\.(?:lin|fc)([12])\.(.+)", _DEEP_SAM + r"mlp.lin\2.\3"),
-    *((rf"neck\.{i}\.(.+)", rf"neck.{name}.\1") for i, name in enumerate(("conv1", "layer_norm1", "conv2", "layer_norm2"))))
+    *((rf"neck\.{i}\.(.+)", rf"neck.{name}.\1") for i,
+        name in enumerate(("conv1", "layer_norm1", "conv2", "layer_norm2"))))
 
 class SAMFamily(Family):
     "The image encoder of Segment Anything (arXiv 2304.02643), by transformers."
@@ -433,7 +443,8 @@ class SAMFamily(Family):
     formats = (
         Format("original", _SAM, ("image_encoder.",), r"(?:prompt_encoder|mask_decoder)\..+|" + _COMBINED),
         Format("timm", _SAM),
-        Format("transformers", ((r"(?:pos_embed|patch_embed|layers|neck)(?:\..+)?", r"\g<0>"),), ("vision_encoder.", ""),
+        Format("transformers", ((r"(?:pos_embed|patch_embed|layers|neck)(?:\..+)?", r"\g<0>"),),
+            ("vision_encoder.", ""),
             r"(?:prompt_encoder|mask_decoder|shared_image_embedding)\..+"))
 
     def build(self, size):
@@ -460,7 +471,7 @@ class SAMFamily(Family):
             state[key] = F.interpolate(state[key].T[None], size=2 * side - 1, mode="linear")[0].T
         return state
 
-# %% ../../nbs/encoders/01_vit.ipynb #19fceb0b
+# %% ../../nbs/encoders/01_vit.ipynb #2d63b3e2
 _PARTS = r"(?:norm[12]|attn\.[qkv]_proj|attn\.proj|mlp\.(?:fc1_g|fc1_x|fc2|norm))"
 _SAME = (r"(?:cls_token|pos_embed|patch_embed\.proj\..+|" + _BLOCK + _PARTS + r"\..+)", r"\g<0>")
 
@@ -472,7 +483,8 @@ class EVA02Family(Family):
             (_BLOCK + r"attn\.([qv])_bias", r"blocks.\1.attn.\2_proj.bias"),
             *((_BLOCK + rf"mlp\.{theirs}\.(.+)", rf"blocks.\1.mlp.{ours}.\2") for theirs, ours in (
                 ("w1", "fc1_g"), ("w2", "fc1_x"), ("w3", "fc2"), ("ffn_ln", "norm"))),
-            (r"norm\..+", r"\g<0>"), (r"mask_token|lm_head\..+|(?:" + _BLOCK + r"attn\.)?rope\.freqs_(?:cos|sin)", None),
+            (r"norm\..+", r"\g<0>"), (r"mask_token|lm_head\..+|(?:" + _BLOCK + r"attn\.)?rope\.freqs_(?:cos|sin)",
+                None),
             _SAME), beside=_COMBINED),
         Format("timm", ((r"(?:fc_)?norm\.(.+)", r"norm.\1"), (r"head\..+", None), _SAME)))
 
@@ -495,7 +507,7 @@ class EVA02Family(Family):
 FAMILIES: dict[str, Family] = {family.name: family for family in (
     DINOv3Family(), *_DINOV2_FAMILIES, CLIPFamily(), SAMFamily(), EVA02Family())}
 
-# %% ../../nbs/encoders/01_vit.ipynb #19385fcb
+# %% ../../nbs/encoders/01_vit.ipynb #e7df37af
 _ARXIV = "https://arxiv.org/abs/"
 _SIZES = dict(small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16), giant=(1536, 40, 24)) # width, blocks, heads
 _GATED = dict(use_gated_mlp=True, hidden_act="silu")
@@ -519,16 +531,18 @@ def _dinov3(name, size, timm, **config):
     hub_id, timm_id = f"facebook/dinov3-{arch}-pretrain-{data}", f"timm/vit_{timm}_patch16_dinov3.{data}"
     return _spec("vfm", "dinov3_vit", size, 16, 224, 5, hub_id=hub_id, timm_id=timm_id, licence="DINOv3", gated=True,
         files=((f"dinov3_{arch}_pretrain_{data}-{_HASHES[name][:8]}.pth", _HASHES[name]),), config=config,
-        access=f"on request at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads; without one from {timm_id}",
+        access="on request at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads; without one from "
+        + timm_id,
         source=_ARXIV + "2508.10104", **(dict(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143)) if sat else {}))
 
-# %% ../../nbs/encoders/01_vit.ipynb #97e7872c
+# %% ../../nbs/encoders/01_vit.ipynb #74d3fe52
 def _dinov2(size, registers):
     short, reg = size[0], "_reg4" if registers else ""
     config = dict(num_register_tokens=4, position_antialias=True) if registers else _OFFSET
     return _spec("vfm", "dinov2_with_registers" if registers else "dinov2", size, 14, 518, 5 if registers else 1,
         hub_id=f"facebook/dinov2-{'with-registers-' if registers else ''}{size}", licence="Apache-2.0",
-        timm_id=f"timm/vit_{size}_patch14{reg}_dinov2.lvd142m", files=((f"dinov2_vit{short}14{reg}_pretrain.pth", None),),
+        timm_id=f"timm/vit_{size}_patch14{reg}_dinov2.lvd142m",
+            files=((f"dinov2_vit{short}14{reg}_pretrain.pth", None),),
         access="https://github.com/facebookresearch/dinov2, open",
         source=_ARXIV + ("2309.16588" if registers else "2304.07193"),
         config={**({"use_swiglu_ffn": True} if size == "giant" else {}), **config})
@@ -546,8 +560,10 @@ def _sam(size, dims, file, sha):
         access="https://github.com/facebookresearch/segment-anything, open", source=_ARXIV + "2304.02643")
 
 def _depth_v2(size):
-    return _spec("dfm", "depth_anything", size, 14, 518, 1, hub_id=f"depth-anything/Depth-Anything-V2-{size.title()}-hf",
-        files=((f"depth_anything_v2_vit{size[0]}.pth", None),), licence="Apache-2.0" if size == "small" else "CC-BY-NC-4.0",
+    return _spec("dfm", "depth_anything", size, 14, 518, 1,
+        hub_id=f"depth-anything/Depth-Anything-V2-{size.title()}-hf",
+        files=((f"depth_anything_v2_vit{size[0]}.pth", None),), licence="Apache-2.0" if size == "small"
+            else "CC-BY-NC-4.0",
         access=f"https://huggingface.co/depth-anything/Depth-Anything-V2-{size.title()}, open", config=_OFFSET,
         source=_ARXIV + "2406.09414")
 
@@ -588,7 +604,7 @@ RGB_BACKBONES = {
         access="https://huggingface.co/depth-anything/DA3MONO-LARGE, open", source=_ARXIV + "2511.10647"),
     "mini_vfm": _mini("vfm", "dinov3_vit", 5), "mini_dfm": _mini("dfm", "depth_anything", 1)}
 
-# %% ../../nbs/encoders/01_vit.ipynb #d7d08bb3
+# %% ../../nbs/encoders/01_vit.ipynb #7fa8f9bc
 def check_published(
     spec: BackboneSpec, # the model
     path: Path, # a file on disk
@@ -598,5 +614,5 @@ def check_published(
     if not expected: return
     found = file_sha256(path)
     if not found.startswith(expected): raise ValueError(
-        f"{path} has sha256 {found[:16]}..., the published {path.name} has {expected[:16]}: it is truncated or altered. "
-        f"Get it again ({spec.access}), or give a changed file a name of its own")
+        f"{path} has sha256 {found[:16]}..., the published {path.name} has {expected[:16]}: it is truncated or "
+        f"altered. Get it again ({spec.access}), or give a changed file a name of its own")

@@ -68,7 +68,7 @@ class ModelCard:
                              base_model=hubs or None, pipeline_tag="image-segmentation", eval_results=results,
                              tags=["remote-sensing", "land-cover", self.model.method]).to_yaml().strip()
 
-# %% ../../nbs/reporting/04_card.ipynb #0f16300e
+# %% ../../nbs/reporting/04_card.ipynb #37ef0ceb
 @patch
 def what(self: ModelCard) -> str: # markdown
     "Classes, bands, parameters, backbones; and whether the data were simulated."
@@ -79,13 +79,14 @@ def what(self: ModelCard) -> str: # markdown
     said = []
     for kind, m in self.backbones.items():
         spec, given = BACKBONES[m.name], m.source["weights"]
-        where = "drawn at random" if given == "random" or given is None and not spec.shipped else spec.hub_id or "part of the package"
+        drawn = given == "random" or given is None and not spec.shipped
+        where = "drawn at random" if drawn else spec.hub_id or "part of the package"
         weights = "trained with the rest and stored here" if kind == "visual" and tuned else (
             f"not stored here; weights with sha256 `{m.fingerprint()}`, and no others, are accepted")
         said.append(f"- {kind} backbone: `{m.name}` ({where}), {weights}")
     if self.task and self.task.world == "mini": said.append(
-        "\nThe images were **simulated**. The numbers below compare methods under a shift that is known exactly and say "
-        "nothing about accuracy on real images; they are not to be put beside those of the paper.")
+        "\nThe images were **simulated**. The numbers below compare methods under a shift that is known exactly and "
+        "say nothing about accuracy on real images; they are not to be put beside those of the paper.")
     return "\n\n".join(lines) + "\n\n" + "\n".join(said)
 
 @patch
@@ -98,7 +99,7 @@ def results(self: ModelCard) -> str: # markdown
     rows = [f"| {domain} | {cell} | {percent(domain)} |" for domain, cell in self.cells.items()]
     return "\n".join(["## Results (mIoU, %)", "", head, *rows, "", NOTE])
 
-# %% ../../nbs/reporting/04_card.ipynb #eca24ca9
+# %% ../../nbs/reporting/04_card.ipynb #8d75f68c
 @patch
 def use(self: ModelCard) -> str: # markdown
     "Code that loads the model."
@@ -107,7 +108,7 @@ def use(self: ModelCard) -> str: # markdown
 ```python
 from spectralmoe.segmentor import Segmentor
 model = Segmentor.from_pretrained("{self.repo_id}").eval()
-classes = model.predict(images) # (B, {len(self.model.task["bands"])}, H, W), standardised with model.statistics -> (B, H, W) class indices
+classes = model.predict(images) # (B, {len(self.model.task["bands"])}, H, W), standardised with model.statistics -> (B, H, W)
 model.task["classes"], model.task["bands"]
 ```
 
