@@ -520,11 +520,18 @@ def tokens(self: Backbone,
             outputs.append(self.family.patches(tokens, args, self.n_prefix_tokens))
     return outputs
 
-# %% ../nbs/14_backbones.ipynb #6150780e
+# %% ../nbs/14_backbones.ipynb #35aa1af2
 @patch
 def fingerprint(self: Backbone) -> str: # sha256, 64 hexadecimal digits
     "Hash of what the frozen encoder computes with; trained `extra_bands` are not part of it."
     return weights_sha256({**self.model.state_dict(), **self.family.computed(self.model)})
+
+@patch
+def known_as(self: Backbone,
+    sha256: str, # a fingerprint, or the beginning of one, of this version or of 0.1
+) -> bool: # 0.1 left rotary periods out, so that its hash does not distinguish them
+    "Whether a stored fingerprint can be of this encoder."
+    return self.fingerprint().startswith(sha256) or weights_sha256(self.model.state_dict()).startswith(sha256)
 
 @patch
 def __repr__(self: Backbone):

@@ -17,7 +17,7 @@ from ..files import few
 from .records import NOTE, RunRecord, results_table
 from ..segmentor import METHODS, Segmentor
 
-# %% ../../nbs/reporting/04_card.ipynb #e1e50c50
+# %% ../../nbs/reporting/04_card.ipynb #5a24eb53
 def records_of(
     model: Segmentor, # what will be published
     records: Mapping[Path, RunRecord], # of any runs, see `read_records`
@@ -32,7 +32,7 @@ def records_of(
     if seed not in seeds: raise ValueError(f"the model has seed {seed}, the records have {sorted(seeds)}: "
                                            "give those of its own run too")
     recorded = own[seeds[seed]].config.get("weights", {}).get("vfm")
-    if recorded and model.vfm and not METHODS[model.method].tuned and not model.vfm.fingerprint().startswith(recorded):
+    if recorded and model.vfm and not METHODS[model.method].tuned and not model.vfm.known_as(recorded):
         raise ValueError(f"{seeds[seed]}: the run used {recorded}... as its backbone, the model sits on "
                          f"{model.vfm.fingerprint()[:12]}...: they are not one and the same")
     return own
