@@ -266,7 +266,7 @@ def test_released_checkpoints_sit_on_kernels_copied_in_turn(published, tmp_path)
     assert segmentor_from_released(published, "made_tiles", VFM, DFM).vfm.fingerprint() == kept.vfm.fingerprint(), "vfm says it"
 
 
-def test_a_backbone_file_with_five_bands_is_taken_as_it_is_and_told_from_others(published, tmp_path):
+def test_a_backbone_file_with_five_bands_is_taken_as_it_is_and_part_of_the_fingerprint(published, tmp_path):
     "What the authors' scripts write: a kernel for all bands. from_pretrained notices another."
     generator = torch.Generator().manual_seed(0)
     source = load_vfm(**{**VFM, "inflate": "cyclic"}, in_bands=5)
