@@ -17,7 +17,7 @@ from .experts import COMBINE, LowRankExperts, combine_experts, reference_experts
 from .fusion import EQUAL_GRIDS, FUSIONS, reference_fusion
 from .gating import NoisyTopKGate, Routing, cv_squared
 
-# %% ../nbs/13_adapter.ipynb #d12b2f66
+# %% ../nbs/13_adapter.ipynb #56a70cff
 BALANCES = ("importance_load", "importance")
 
 @dataclass(frozen=True)
@@ -44,15 +44,12 @@ class SpectralMoEConfig:
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_experts", "rank", "n_tokens", "top_k", "query_dim"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1: raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
+            if type(n := getattr(self, name)) is not int or n < 1: raise ValueError(f"{name}={n!r}; expected a whole number of at least 1")
         for name, least in (("p", 0), ("scale_init", -math.inf), ("balance_weight", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not least <= value < math.inf: raise ValueError(
-                f"{name}={value!r}; expected a finite number" + " of at least 0" * (least == 0))
+            if not isinstance(x := getattr(self, name), (int, float)) or not least <= x < math.inf: raise ValueError(
+                f"{name}={x!r}; expected a finite number" + " of at least 0" * (least == 0))
         for name, options in (("combine", COMBINE), ("fusion", tuple(FUSIONS)), ("balance", BALANCES)):
-            if getattr(self, name) not in options:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; expected one of {options}")
+            if (x := getattr(self, name)) not in options: raise ValueError(f"{name}={x!r} is not known; expected one of {options}")
 
     @classmethod
     def released(cls,
