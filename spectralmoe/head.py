@@ -25,7 +25,7 @@ def pyramid_blocks(
     "Blocks at 8/24, 12/24, 16/24 and 24/24 of the depth."
     return tuple(max(round(n_layers * fraction / 24), 1) - 1 for fraction in (8, 12, 16, 24))
 
-# %% ../nbs/15_head.ipynb #af2ab3d6
+# %% ../nbs/15_head.ipynb #03b2fcdd
 def feature_pyramid(
     tokens: Sequence[Tensor], # after each block, (B, N, D) patch tokens row by row
     grid: tuple[int, int], # rows and columns of the token grid, N = rows * columns
@@ -42,7 +42,8 @@ def feature_pyramid(
             for block in blocks or pyramid_blocks(len(tokens))]
     out = []
     for m, s in zip(maps, scales):
-        h, w = (n * int(s) if s == int(s) else torch.sym_max(torch.sym_int(n * s), 1) for n in grid)
+        if s == int(s): h, w = rows * int(s), columns * int(s)
+        else: h, w = (torch.sym_max(n // round(1 / s) if s == 1 / round(1 / s) else int(n * s), 1) for n in grid)
         if s == 1: out.append(m)
         elif by_factor and min(rows * s, columns * s) >= 1: out.append(F.interpolate(m, scale_factor=s, mode="bilinear"))
         else: out.append(F.interpolate(m, (h, w), mode="bilinear"))
@@ -190,7 +191,7 @@ class Predictions(NamedTuple):
     classes: tuple[Tensor, ...] # each (B, Q, K + 1) logits, last "no object"
     masks: tuple[Tensor, ...] # each (B, Q, h, w) logits at the size of the finest map
 
-# %% ../nbs/15_head.ipynb #02a8613a
+# %% ../nbs/15_head.ipynb #2559a697
 def matching_loss(
     criterion: nn.Module, # the library's Mask2FormerLoss
     output: Predictions, # what the queries say
@@ -199,6 +200,7 @@ def matching_loss(
     "Class, mask and dice loss after matching (Cheng et al. 2022)."
     check_labels(labels, criterion.num_labels)
     masks, classes = class_masks(labels)
+    criterion.float() # its class weights, where the model was cast
     with torch.autocast(labels.device.type, enabled=False):
         said = [{"class_queries_logits": c.float(), "masks_queries_logits": m.float()}
                 for c, m in zip(*output)]

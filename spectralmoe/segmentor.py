@@ -28,7 +28,7 @@ from .gating import exporting
 from .head import Mask2FormerHead, PixelShuffleHead, RawConvHead, feature_pyramid, mask2former_config
 from .saving import check_state, find_pretrained, read_config, read_state, upload_pretrained, write_pretrained
 
-# %% ../nbs/16_segmentor.ipynb #a84c5365
+# %% ../nbs/16_segmentor.ipynb #ae280b7b
 @dataclass(frozen=True)
 class Method:
     "What a method trains besides the head."
@@ -52,7 +52,7 @@ class Method:
         known = [f.name for f in fields(SpectralMoEConfig)][2:]
         for name in overrides:
             if name not in known: raise ValueError(f"method {self.name!r} does not take {name!r}. {nearest(name, known)}")
-            if linked.get(name, overrides[name]) != overrides[name]: raise ValueError(
+            if name in linked and linked[name] != overrides[name]: raise ValueError(
                 f"{name}={overrides[name]!r} but the head's sizes say {linked[name]!r}: experts and queries are linked one to one; give one of them")
         if self.adapter == "paper": return SpectralMoEConfig(dim, n_layers, **{**linked, **overrides})
         try: return SpectralMoEConfig.released(dim, n_layers, **{**linked, **overrides})
