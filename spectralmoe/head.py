@@ -185,16 +185,16 @@ def query_states(
         feature_size_list=[m.shape[-2:] for m in pixels.multi_scale_features])
     return said.intermediate_hidden_states, said.masks_queries_logits
 
-# %% ../nbs/15_head.ipynb #e0c83596
+# %% ../nbs/15_head.ipynb #874c94e0
 class Predictions(NamedTuple):
-    "What the queries say, before the first and after every decoder layer; the last one counts."
+    "What the queries predict, before the first and after every decoder layer; the last one counts."
     classes: tuple[Tensor, ...] # each (B, Q, K + 1) logits, last "no object"
     masks: tuple[Tensor, ...] # each (B, Q, h, w) logits at the size of the finest map
 
-# %% ../nbs/15_head.ipynb #2559a697
+# %% ../nbs/15_head.ipynb #55b651ce
 def matching_loss(
     criterion: nn.Module, # the library's Mask2FormerLoss
-    output: Predictions, # what the queries say
+    output: Predictions, # what the queries predict
     labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
 ) -> dict[str, Tensor]: # "loss" and its parts, weighted, each summed over all predictions
     "Class, mask and dice loss after matching (Cheng et al. 2022)."
@@ -210,7 +210,7 @@ def matching_loss(
               for name, weight in criterion.weight_dict.items()}
     return {"loss": sum(losses.values()), **losses}
 
-# %% ../nbs/15_head.ipynb #6ecfa61e
+# %% ../nbs/15_head.ipynb #235ed76a
 class Mask2FormerHead(nn.Module):
     "Mask2Former on four maps, with external or learned query positions (Cheng et al. 2022)."
 
@@ -246,7 +246,7 @@ class Mask2FormerHead(nn.Module):
         features: Sequence[Tensor], # four (B, D, h, w) maps, fine to coarse
         queries: Tensor | None = None, # (n_queries, query_dim) positions if linked, else None
     ) -> Predictions: # one more than decoder layers
-        "What every query says about the image."
+        "The class and mask that every query predicts."
         wanted = (self.n_queries, self.query_dim) if self.wants_queries else None
         given = None if queries is None else tuple(queries.shape)
         if given != wanted:
@@ -303,7 +303,7 @@ class DenseHead(nn.Module):
         "Cross entropy at the size of the labels."
         return {"loss": pixel_cross_entropy(self.logits(output, labels.shape[-2:]), labels)}
 
-# %% ../nbs/15_head.ipynb #b33ad2cd
+# %% ../nbs/15_head.ipynb #8577efff
 class PixelShuffleHead(DenseHead):
     "One linear layer from four blocks to a small square of class logits per token."
     scales = (1, 1, 1, 1)
@@ -324,7 +324,7 @@ class PixelShuffleHead(DenseHead):
         queries: None = None, # not used
     ) -> Tensor: # (B, K, block * h, block * w) class logits
         "A block of class logits per token."
-        normal = [F.layer_norm(m.movedim(1, -1), (self.linear.in_channels // 4,)).movedim(-1, 1) for m in features]
+        normal = [F.layer_norm(m.permute(0, 2, 3, 1), (self.linear.in_channels // 4,)).permute(0, 3, 1, 2) for m in features]
         return F.pixel_shuffle(self.linear(torch.cat(normal, 1)), self.block)
 
 # %% ../nbs/15_head.ipynb #fb4828bf
