@@ -18,7 +18,7 @@ HEAD = dict(hidden=32, n_queries=8, encoder_layers=1, decoder_layers=1, n_heads=
 def build(method="spectralmoe", **kwargs):
     sizes = {} if method == "raw_conv" or kwargs.get("head") == "pixel_shuffle" else HEAD
     more = dict(n_experts=3, rank=2) if METHODS[method].adapter else {}
-    return Segmentor.build("made_tiles", **{**dict(vfm=VFM, dfm=DFM, method=method, head_sizes=sizes), **more, **kwargs})
+    return Segmentor.build(**{**dict(benchmark="made_tiles", vfm=VFM, dfm=DFM, method=method, head_sizes=sizes), **more, **kwargs})
 
 
 @pytest.fixture
@@ -183,14 +183,8 @@ def test_only_the_released_method_halves_odd_grids_by_a_factor(batch):
 
 def test_depth_may_read_other_bands_than_red_green_blue(batch, tmp_path):
     "`depth_rgb` of a task: only the depth model sees them; tasks without it save what they saved before."
-    class Task:
-        "A benchmark with one field more."
-        depth_rgb = ("green", "blue", "nir")
-        def __getattr__(self, name): return getattr(BENCHMARKS["made_tiles"], name)
-    plain = build().eval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spectralmoe.segmentor.find_benchmark", lambda b: Task())
-        model = build().eval()
+    from dataclasses import replace
+    plain, model = build().eval(), build(benchmark=replace(BENCHMARKS["made_tiles"], depth_rgb=("green", "blue", "nir"))).eval()
     assert "depth_rgb" not in plain.task and model.task["depth_rgb"] == ["green", "blue", "nir"]
     fed = []
     tokens = model.dfm.tokens
