@@ -17,19 +17,37 @@ MOVED = { # old module -> modules that are searched for its names, in this order
     "weights": ["encoders.files"],
     "originals": ["encoders.vit"],
     "spectral": ["encoders.spectral"],
-    "simulator": ["simulator.ground"],
-    "mini": ["simulator.tiles"],
+    "simulator": ["simulator.spectra", "simulator.domains", "simulator.parcels", "simulator.ground", "simulator.light",
+                  "simulator.sensor", "simulator.scenes"],
+    "mini": ["simulator.tiles", "files"],
     "pretraining": ["simulator.pretraining"],
-    "archives": ["archives.recipes"],
+    "archives": ["archives.recipes", "reading.manifest"],
     "hyperspectral": ["archives.whu_ohs"],
-    "multispectral": ["archives.five_billion_pixels"],
-    "rgb": ["archives.loveda"],
+    "multispectral": ["archives.five_billion_pixels", "archives.flair"],
+    "rgb": ["archives.loveda", "archives.openearthmap", "archives.isprs"],
     "prepare": ["archives.prepare"],
-    "records": ["reporting.records"],
-    "studies": ["reporting.studies"],
-    "hub": ["reporting.card"]}
+    "records": ["reporting.records", "reporting.tables", "reporting.pages", "files", "pictures"],
+    "studies": ["reporting.studies", "evaluation"],
+    "hub": ["reporting.card"],
+    "datasets": ["reading.listing", "reading.rasters", "reading.masks", "reading.checks", "files", "pictures", "simulator.tiles"],
+    "reproduce": ["runs", "reporting.records", "reporting.tables", "reporting.pages", "files", "pictures"],
+    "training": ["evaluation", "routing", "files"],
+    "checkpoints": ["encoders.files"]}
 
-RENAMED: dict[str, str] = {} # "module.Name" of version 0.1 -> "module.Name" now, where the name changed as well
+RENAMED = { # "module.Name" of version 0.1 -> "module.Name" now, where the name changed as well
+    "segmentor.SegmentorModel": "segmentor.Segmentor",
+    "segmentor.TrainableSegmentor": "segmentor.Segmentor",
+    "segmentor.SavedSegmentor": "segmentor.Segmentor",
+    "adapter.AdapterParameters": "adapter.SpectralMoE",
+    "adapter.LowRankAdapter": "adapter.SpectralMoE",
+    "backbones.FrozenEncoder": "backbones.Backbone",
+    "memory.Imagined": "memory.ShapeLedger",
+    "memory.imagining": "memory.shapes_only",
+    "training.TrainedOnly": "training.SegmentationTask",
+    "training.Logbook": "training.RunMonitor",
+    "training.Keeper": "training.RunMonitor",
+    "benchmarks.released": "benchmarks.authors_protocol",
+    "evaluation.paired_difference": "evaluation.paired"}
 
 # %% ../nbs/33_moved.ipynb #96192122
 def find_moved(

@@ -381,9 +381,10 @@ def same_backbone(
     model = own_backbone(given or saved["source"], load, tuned)
     if tuned: return model
     kernel = saved.get("extra_bands")
-    for what, have, had in (("weights", model.fingerprint(), saved["sha256"]),
-                            ("kernels of further bands", kernel and weights_sha256({"extra_bands": model.extra_bands}), kernel)):
-        if have != had: raise ValueError(
+    bands = kernel and weights_sha256({"extra_bands": model.extra_bands})
+    for what, have, had, same in (("weights", model.fingerprint(), saved["sha256"], model.known_as(saved["sha256"])),
+                                  ("kernels of further bands", bands, kernel, bands == kernel)):
+        if not same: raise ValueError(
             f"{model.name}: the {what} have sha256 {have[:12]}..., the checkpoint was trained on {had[:12]}... ({saved['source']}); give exactly those weights")
     return model
 
