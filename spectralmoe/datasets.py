@@ -39,7 +39,7 @@ from .reading.listing import TileFile, list_files
 from .reading.manifest import noted, verify_folder
 from .reading.masks import (check_label_map, check_same_ground, count_labels, label_codes, read_mask, show_value, to_classes,
                                        unlisted_values)
-from .reading.rasters import (Raster, look_at_image, open_raster, read_header, read_image, sensor_of_file, shifted,
+from .reading.rasters import (Raster, _read, look_at_image, open_raster, read_header, read_image, sensor_of_file, shifted,
                                          warn_together)
 from .tasks import IGNORE, Benchmark, Domain
 
@@ -593,9 +593,11 @@ def sample(self: SegmentationTiles,
     for index, window in [places[k] for k in sorted({k * len(places) // n for k in range(n)})]:
         file, whole = self.files[index], window[2:] == self.reader.shape(index)
         image = (self.reader.read if whole else self.reader.decode)(index, window).image
-        band = lambda b: np.isnan(read_image(file.image, self.sensor, [b], file.bands, window, quiet=True).image[0]).ravel()
-        gone = np.isnan(image[0]).any()
-        holes.append(np.stack([band(b) if gone else np.zeros(image[0].size, bool) for b in self.bands]))
+        nothing = np.zeros(image.shape, bool)
+        if np.isnan(image[0]).any(): # because of which bands?
+            header = read_header(file.image, self.sensor, self.bands, file.bands)
+            with open_raster(file.image) as raster: nothing = _read(raster, header, window)[1]
+        holes.append(nothing.reshape(len(self.bands), -1))
         images.append(image.reshape(len(self.bands), -1))
     image = torch.from_numpy(np.concatenate(images, 1))
     return image, ~image[0].isnan(), dict(zip(self.bands, np.concatenate(holes, 1).mean(1).tolist()))
