@@ -20,9 +20,12 @@ from pathlib import Path
 
 import spectralmoe
 from .benchmarks import Benchmark, benchmark as find_benchmark, plot_legend
-from .reporting.records import (Cell, RunRecord, code_state, device_name, digest, finished, html_table,
-    index_page, now, package_versions, plain, pooled_scores, read_record, read_records, recording, results_table,
-    write_figure, write_file, write_table)
+from .files import digest, now, write_file
+from .pictures import write_figure
+from .reporting.pages import index_page
+from .reporting.records import (RunRecord, code_state, device_name, finished, html_table, package_versions, plain,
+    read_record, read_records, recording)
+from .reporting.tables import Cell, pooled_scores, results_table, write_table
 
 # %% ../nbs/31_reproduce.ipynb #d1773b01
 def notebooks_folder() -> Path:  # the folder that holds the experiment notebooks
@@ -346,7 +349,7 @@ def run_folder(
     folder: str | Path,  # of all runs
 ) -> Path:  # checkpoints, history.json and model/ lie there
     "Where a run keeps its weights."
-    return Path(folder) / record.experiment / "models" / record.path(folder).stem
+    return record.run_folder(folder)
 
 # %% ../nbs/31_reproduce.ipynb #510c5862
 def load_data(
