@@ -7,7 +7,7 @@ __all__ = ['PROFILES', 'RANGES', 'Profile', 'choices', 'check_setting', 'choose_
            'run_folder', 'run_method', 'score_domains', 'grid_cells', 'cell_names', 'run_cell', 'lost_cell', 'in_turn',
            'in_processes', 'run_grid', 'predict_tile', 'plot_predictions']
 
-# %% ../nbs/30_runs.ipynb #95c28a5f
+# %% ../nbs/30_runs.ipynb #ecf956af
 import json
 import math
 import os
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from numbers import Real
 from pathlib import Path
 
 from .benchmarks import BENCHMARKS, SHIFTS, Benchmark, benchmark as find_benchmark
@@ -68,14 +69,14 @@ PROFILES = {
     "paper": Profile("the paper's sizes", dict(name="dinov3-vitl16"), dict(name="prompt-depth-anything-vitl"), precision="bf16-mixed"),
 }
 
-# %% ../nbs/30_runs.ipynb #1de07533
-_COUNT, _POSITIVE = (0, math.inf), (1, math.inf)
-RANGES: dict[str, tuple[float, float]] = { # setting -> least and most; a float above 0 where it says math.ulp(0)
-    "lr": (0, math.inf), "lrs": (math.ulp(0), math.inf), "search": (math.ulp(0), math.inf), "val_fraction": (math.ulp(0), 1 - 2**-53),
+# %% ../nbs/30_runs.ipynb #9bb28144
+_MORE = math.ulp(0) # the least number above 0
+RANGES: dict[str, tuple[float, float]] = { # setting -> least and most; whole numbers, but for those that begin with `_MORE` and lr
+    "lr": (0, math.inf), "lrs": (_MORE, math.inf), "search": (_MORE, math.inf), "val_fraction": (_MORE, 1 - 2**-53),
     "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "severities": (1, 4),
-    **dict.fromkeys(("steps", "threads", "train_tiles", "per_domain"), _COUNT),
+    **dict.fromkeys(("steps", "threads", "train_tiles", "per_domain"), (0, math.inf)),
     **dict.fromkeys(("processes", "crop", "batch_size", "tiles", "scenes", "search_tiles", "search_steps", "dim", "n_heads", "grid",
-                     "images", "repeats"), _POSITIVE)}
+                     "images", "repeats"), (1, math.inf))}
 
 def choices(
     name: str, # of a setting
@@ -83,28 +84,31 @@ def choices(
     "Names that a setting can have."
     if name in ("method", "methods", "bases", "search_methods", "lrs"):
         from spectralmoe.segmentor import METHODS
-        return [*METHODS, *(["oracle"] if name == "methods" or name == "bases" else [])]
+        return [*METHODS, *(["oracle"] if name in ("methods", "bases") else [])]
     return {"profile": list(PROFILES), "benchmark": list(BENCHMARKS), "benchmarks": list(BENCHMARKS), "factors": list(SHIFTS),
             "precision": ["32-true", "bf16-mixed"]}.get(name)
 
-# %% ../nbs/30_runs.ipynb #566fbd5e
+# %% ../nbs/30_runs.ipynb #ae7c0640
 def check_setting(
-    name: str, # of a setting
-    value: object, # of it, or a list or dict of such values
+    name: str, # of a setting; one that is in no table may be any finite number
+    value: object, # of it, or a list or dict of such values; None: not given
 ) -> object: # the value
     "Refuses what no run can use, with what was found and what is expected."
-    def refuse(found, expected): raise ValueError(f"{name}={few([repr(value)[:120]])}: found {found!r}, expected {expected}")
-    known, (least, most) = choices(name), RANGES.get(name, (-math.inf, math.inf))
-    entries = list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, (list, tuple)) else [value]
+    def refuse(found, expected): raise ValueError(f"{name}={repr(value)[:200]}: found {found!r}, expected {expected}")
+    known, listed = choices(name), isinstance(value, (list, tuple))
+    entries = list(value.values()) if isinstance(value, Mapping) else list(value) if listed else [value]
     for word in value if name == "lrs" else entries if known else ():
         if word not in known: refuse(word, f"one of {few(known, 40)}. {nearest(word, known).partition('There are')[0]}".strip())
-    for number in [v for v in entries if isinstance(v, (int, float)) and not isinstance(v, bool)]:
-        if not math.isfinite(number): refuse(number, "a finite number")
-        if not least <= number <= most:
-            low = "more than 0" if least == math.ulp(0) else f"{least} or more"
-            refuse(number, low if most == math.inf else f"{low} and less than 1" if most < 1 else f"{least} to {most}")
-    if isinstance(value, (list, tuple)) and (twice := [v for i, v in enumerate(entries) if v in entries[:i]]):
-        refuse(twice[0], "every entry once")
+    least, most = RANGES.get(name, (-math.inf, math.inf))
+    for v in [v for v in entries if v is not None and (name in RANGES or isinstance(v, float))]:
+        if isinstance(v, bool) or not isinstance(v, Real): refuse(v, "a number")
+        if not math.isfinite(v): refuse(v, "a finite number")
+        if name in RANGES and name != "lr" and least != _MORE and v != int(v): refuse(v, "a whole number")
+        if not least <= v <= most:
+            low = "more than 0" if least == _MORE else f"{least} or more"
+            refuse(v, low if most == math.inf else f"{low} and less than 1" if most < 1 else f"{least} to {most}")
+    if listed and (known or name in RANGES):
+        if twice := [v for i, v in enumerate(entries) if v in entries[:i]]: refuse(twice[0], "every entry once")
     return value
 
 # %% ../nbs/30_runs.ipynb #0fc453b3
@@ -379,7 +383,7 @@ def in_turn(
     try: yield from ((i, run_cell(cell, folder, opened)) for i, cell in enumerate(cells))
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/30_runs.ipynb #4c2e3674
+# %% ../nbs/30_runs.ipynb #e59db2bf
 def _worker(pipe, folder, threads, device):
     "A process of a grid: cells in, records out."
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -398,8 +402,8 @@ def in_processes(
 ) -> Iterator[tuple[int, RunRecord | None]]: # position among the cells, and its record
     "Runs cells side by side."
     import multiprocessing.connection
-    with suppress(Exception): # what goes wrong with the data is told by each cell
-        for task in {t.name: t for c in cells if not c.get("data") for t in [find_benchmark(c["benchmark"])]}.values(): _with_tiles(task, None)
+    for task in {t.name: t for c in cells if not c.get("data") for t in [find_benchmark(c["benchmark"])]}.values():
+        with suppress(Exception): _with_tiles(task, None) # what goes wrong with the data is told by each cell
     spawn, todo, busy = multiprocessing.get_context("spawn"), deque(enumerate(cells)), {}
     def new():
         pipe, theirs = spawn.Pipe()
