@@ -106,12 +106,13 @@ def only_one(
     folder: str | Path, # that one process at a time may change; made if absent
     doing: str, # for the message of whoever comes second: "training", "preparing flair"
     remedy: str = "wait until it has finished, or choose another folder", # what the second can do
+    name: str = "", # of the lock: one folder can have several, each for a job of its own
 ) -> Iterator[None]:
     "Keeps other processes out of a folder during the block; refuses at once if one is there."
     from filelock import FileLock, Timeout
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock, note = FileLock(folder / ".lock"), folder / ".lock.json"
+    lock, note = FileLock(folder / f".{name}lock"), folder / f".{name}lock.json"
     try: lock.acquire(blocking=False)
     except Timeout:
         try: said = read_json(note)

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['EXPERT_COLOURS', 'expert_colours', 'Choices', 'expert_choices', 'RoutingMap', 'routing_maps', 'winning_shares',
            'share_bars', 'write_geotiffs', 'display_rgb', 'class_colours', 'draw_experts', 'expert_legend',
-           'plot_routing', 'plot_layers', 'token_labels', 'expert_by_class', 'expert_by_domain', 'plot_shares']
+           'plot_routing', 'plot_layers', 'expert_counts', 'idle_experts', 'token_labels', 'expert_by_class',
+           'expert_by_domain', 'plot_shares']
 
-# %% ../nbs/21_routing.ipynb #dc874a37
-import colorsys, os
-from collections.abc import Iterable, Mapping
+# %% ../nbs/21_routing.ipynb #c98a2752
+import colorsys
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import lcm, log
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -23,29 +25,31 @@ import torch
 from torch import Tensor
 
 from .benchmarks import IGNORE, plot_legend
+from .files import replacing, write_file
+from .pictures import paint, stretch
 
-# %% ../nbs/21_routing.ipynb #cfc8c5e0
+# %% ../nbs/21_routing.ipynb #0affc737
 EXPERT_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442",
                   "#882255", "#999933", "#44aa99", "#332288", "#bbbbbb")
 
 def expert_colours(
-    n: int,  # experts
-) -> list[tuple[int, int, int]]:  # red, green, blue of 0..255
+    n: int, # experts
+) -> list[tuple[int, int, int]]: # red, green, blue of 0..255
     "Fixed colours, one per expert."
     fixed = [tuple(bytes.fromhex(c[1:])) for c in EXPERT_COLOURS[:n]]
     golden = (colorsys.hsv_to_rgb(0.618 * i % 1, 0.6, 0.8) for i in range(12, n))
     return fixed + [tuple(round(255 * v) for v in c) for c in golden]
 
-# %% ../nbs/21_routing.ipynb #a719f238
+# %% ../nbs/21_routing.ipynb #bfbdd2d3
 class Choices(NamedTuple):
     "What one modality's gates decided for a batch, on the token grid."
-    chosen: Tensor  # (L, B, k, gh, gw) experts, best first
-    weights: Tensor  # (L, B, k, gh, gw) their weights
-    entropy: Tensor  # (L, B, gh, gw) of the softmax over all E scores, in nats
-    n_experts: int  # E
-    patch: int  # side of a token, pixels
+    chosen: Tensor # (L, B, k, gh, gw) experts, best first
+    weights: Tensor # (L, B, k, gh, gw) their weights
+    entropy: Tensor # (L, B, gh, gw) of the softmax over all E scores, in nats
+    n_experts: int # E
+    patch: int # side of a token, pixels
 
-# %% ../nbs/21_routing.ipynb #abe2668c
+# %% ../nbs/21_routing.ipynb #79c2be2a
 def _on_grid(routings, batch, size, patch, multiple):
     "Choices of one modality; the model fills images up to a multiple of all its patches."
     filled = [-(-n // multiple) * multiple // patch for n in size]
@@ -54,17 +58,17 @@ def _on_grid(routings, batch, size, patch, multiple):
         raise ValueError(f"{len(routings[0].indices)} tokens were routed, but {batch} images of "
                          f"{tuple(size)} pixels make {batch} x {filled} tokens of {patch} px: "
                          "the routing is of another forward pass")
-    def grid(x): return x.mT.unflatten(-1, (batch, *filled)).movedim(-3, 1)[inside]  # (l, t, k)
+    def grid(x): return x.mT.unflatten(-1, (batch, *filled)).movedim(-3, 1)[inside] # (l, t, k)
     chosen, weights, scores = (torch.stack(x) for x in list(zip(*routings))[:3])
     entropy = torch.special.entr(scores.float().softmax(-1)).sum(-1, keepdim=True)
     return Choices(grid(chosen), grid(weights), grid(entropy)[:, :, 0], scores.shape[-1], patch)
 
-# %% ../nbs/21_routing.ipynb #867e072c
+# %% ../nbs/21_routing.ipynb #bcee1bfe
 @torch.no_grad()
 def expert_choices(
-    model: torch.nn.Module,  # a `Segmentor` with an adapter
-    images: Tensor,  # (B, C, H, W) as the model takes them
-) -> tuple[Tensor, dict[str, Choices]]:  # (B, H, W) prediction; "visual", and "depth" if it is read
+    model: torch.nn.Module, # a `Segmentor` with an adapter
+    images: Tensor, # (B, C, H, W) as the model takes them
+) -> tuple[Tensor, dict[str, Choices]]: # (B, H, W) prediction; "visual", and "depth" if it is read
     "Runs the model in evaluation mode, without noise, and reads its gates."
     prediction = model.predict(images.to(next(model.parameters()).device))
     if not model.last_routing:
@@ -75,49 +79,49 @@ def expert_choices(
     return prediction, {m: _on_grid([layer[m] for layer in model.last_routing], *shape, patch,
                                     lcm(*patches.values())) for m, patch in patches.items()}
 
-# %% ../nbs/21_routing.ipynb #08711a48
+# %% ../nbs/21_routing.ipynb #ff8923bb
 @dataclass(frozen=True, eq=False)
 class RoutingMap:
     "Where the tokens of one image went, in every layer, with their place on the ground."
-    name: str  # of the image
-    image: np.ndarray  # (C, H, W) as the model saw it
-    prediction: np.ndarray  # (H, W) class indices
-    label: np.ndarray | None  # (H, W) class indices, IGNORE where unknown
-    chosen: dict[str, np.ndarray]  # modality -> (L, k, gh, gw) experts, best first
-    weights: dict[str, np.ndarray]  # modality -> (L, k, gh, gw) their weights
-    entropy: dict[str, np.ndarray]  # modality -> (L, gh, gw) in nats
-    patch: dict[str, int]  # modality -> side of a token in pixels
-    n_experts: int  # E
-    task: dict  # of the model: classes, palette, bands, rgb
-    transform: tuple[float, ...] | None = None  # x = a col + b row + c, y = d col + e row + f
-    crs: str | None = None  # of the transform
+    name: str # of the image
+    image: np.ndarray # (C, H, W) as the model saw it
+    prediction: np.ndarray # (H, W) class indices
+    label: np.ndarray | None # (H, W) class indices, IGNORE where unknown
+    chosen: dict[str, np.ndarray] # modality -> (L, k, gh, gw) experts, best first
+    weights: dict[str, np.ndarray] # modality -> (L, k, gh, gw) their weights
+    entropy: dict[str, np.ndarray] # modality -> (L, gh, gw) in nats
+    patch: dict[str, int] # modality -> side of a token in pixels
+    n_experts: int # E
+    task: dict # of the model: classes, palette, bands, rgb
+    transform: tuple[float, ...] | None = None # x = a col + b row + c, y = d col + e row + f
+    crs: str | None = None # of the transform
 
     @property
-    def index(self) -> dict[str, np.ndarray]:  # modality -> (L, gh, gw)
+    def index(self) -> dict[str, np.ndarray]: # modality -> (L, gh, gw)
         "The winning expert of every token."
         return {m: c[:, 0] for m, c in self.chosen.items()}
 
     @property
-    def relative_entropy(self) -> dict[str, np.ndarray]:  # modality -> (L, gh, gw) of 0..1
+    def relative_entropy(self) -> dict[str, np.ndarray]: # modality -> (L, gh, gw) of 0..1
         "Entropy over log E: 0 decided, 1 undecided, comparable between numbers of experts."
         return {m: e / max(log(self.n_experts), 1e-9) for m, e in self.entropy.items()}
 
     def token_transform(self,
-        modality: str = "visual",  # or "depth"
-    ) -> tuple[float, ...] | None:  # six numbers, as `transform`
+        modality: str = "visual", # or "depth"
+    ) -> tuple[float, ...] | None: # six numbers, as `transform`
         "Affine transform of the token grid."
         if self.transform is None: return None
         (a, b, c, d, e, f), p = self.transform[:6], self.patch[modality]
         return a * p, b * p, c, d * p, e * p, f
 
     def to_geotiff(self,
-        folder: str | Path,  # made if absent
-    ) -> list[Path]:  # the files, see `write_geotiffs`
+        folder: str | Path, # made if absent
+    ) -> list[Path]: # the files, see `write_geotiffs`
         "Writes experts, weights and entropy as GeoTIFFs with one band per layer."
         return write_geotiffs(self, folder)
 
     def figure(self,
-        layer: int = -1,  # which block, from 0; negative from the end
+        layer: int = -1, # which block, from 0; negative from the end
     ) -> "matplotlib.figure.Figure":
         "Image, label, prediction, winning experts and entropy in one picture."
         return plot_routing(self, layer)
@@ -131,12 +135,12 @@ class RoutingMap:
 
     def _repr_html_(self): return share_bars(self)
 
-# %% ../nbs/21_routing.ipynb #28dd929d
+# %% ../nbs/21_routing.ipynb #99308e37
 def routing_maps(
-    model: torch.nn.Module,  # a `Segmentor` with an adapter
-    sample: Mapping | Tensor,  # item of `SegmentationTiles`, batch of one, or image (C, H, W)
-    transform: tuple[float, ...] | None = None,  # of a plain image: a, b, c, d, e, f
-    crs: str | None = None,  # of a plain image
+    model: torch.nn.Module, # a `Segmentor` with an adapter
+    sample: Mapping | Tensor, # item of `SegmentationTiles`, batch of one, or image (C, H, W)
+    transform: tuple[float, ...] | None = None, # of a plain image: a, b, c, d, e, f
+    crs: str | None = None, # of a plain image
 ) -> RoutingMap:
     "The routing of one image, every layer, both modalities."
     if isinstance(sample, Tensor):
@@ -158,20 +162,20 @@ def routing_maps(
         n_experts=choices["visual"].n_experts, task=model.task,
         transform=None if place is None else tuple(map(float, place)), crs=one.get("crs"))
 
-# %% ../nbs/21_routing.ipynb #f2cb39e4
+# %% ../nbs/21_routing.ipynb #3121e3e4
 def winning_shares(
-    routing: RoutingMap,  # of one image
-    modality: str,  # "visual" or "depth"
-    layer: int,  # which block
-) -> np.ndarray:  # (E,) sums to 1
+    routing: RoutingMap, # of one image
+    modality: str, # "visual" or "depth"
+    layer: int, # which block
+) -> np.ndarray: # (E,) sums to 1
     "Share of the tokens that each expert won."
     winners = routing.index[modality][layer].ravel()
     return np.bincount(winners, minlength=routing.n_experts) / len(winners)
 
-# %% ../nbs/21_routing.ipynb #c333ddfc
+# %% ../nbs/21_routing.ipynb #e3d8c486
 def share_bars(
-    routing: RoutingMap,  # of one image
-) -> str:  # HTML, one bar per layer and modality
+    routing: RoutingMap, # of one image
+) -> str: # HTML, one bar per layer and modality
     "How the tokens of an image spread over the experts."
     rows, bit = [], '<b style="padding:0 {:.2f}em;background:rgb{}" title="expert {}: {:.0%}"></b>'
     for modality, index in routing.index.items():
@@ -183,76 +187,71 @@ def share_bars(
     return (f"<table><caption>{escape(repr(routing))}</caption><tr><th>modality</th><th>layer</th>"
             f"<th>share of each expert</th></tr>{''.join(rows)}</table>")
 
-# %% ../nbs/21_routing.ipynb #749a24c4
+# %% ../nbs/21_routing.ipynb #a2cb6b0f
 def write_geotiffs(
-    routing: RoutingMap,  # of one image
-    folder: str | Path,  # made if absent
-) -> list[Path]:  # name-modality-experts.tif and .qml, -weights.tif, -entropy.tif
-    "Writes the routing of an image; files appear complete or not at all."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = Path(routing.name).stem
-    with TemporaryDirectory(dir=folder, prefix=".") as draft:
-        for m, chosen in routing.chosen.items():
-            layers = [f"layer {i}" for i in range(len(chosen))]
-            ranked = [f"{layer}, choice {j}" for layer in layers for j in range(chosen.shape[1])]
-            start, place = Path(draft) / f"{stem}-{m}", (routing.token_transform(m), routing.crs)
-            experts = np.concatenate(chosen).astype("uint8")
-            _write_tif(f"{start}-experts.tif", experts, ranked, *place, routing.n_experts)
-            _write_tif(f"{start}-weights.tif", np.concatenate(routing.weights[m]), ranked, *place)
-            _write_tif(f"{start}-entropy.tif", routing.entropy[m], layers, *place)
-            style = _style(routing.n_experts, band=len(ranked) - chosen.shape[1] + 1)
-            Path(f"{start}-experts.qml").write_text(style, encoding="utf-8")
-        names = sorted(p.name for p in Path(draft).iterdir())
-        for name in names: os.replace(Path(draft) / name, folder / name)
-    return [folder / name for name in names]
+    routing: RoutingMap, # of one image
+    folder: str | Path, # made if absent
+) -> list[Path]: # name-prediction.tif, name-modality-experts.tif and .qml, -weights.tif, -entropy.tif
+    "Writes prediction and routing of an image; every file appears complete or not at all."
+    folder, n = Path(folder), routing.n_experts
+    name = re.sub(r"\.(tiff?|png|jpe?g|jp2|vrt)$", "", Path(routing.name).name, flags=re.IGNORECASE)
+    written = [folder / f"{name}-prediction.tif"]
+    _write_tif(written[0], routing.prediction[None].astype("uint8"), ["class"], routing.transform, routing.crs, routing.task["palette"])
+    for m, chosen in routing.chosen.items():
+        layers = [f"layer {i}" for i in range(len(chosen))]
+        ranked = [f"{layer}, choice {j}" for layer in layers for j in range(chosen.shape[1])]
+        start, place = f"{name}-{m}", (routing.token_transform(m), routing.crs)
+        rasters = {"experts": (np.concatenate(chosen).astype("uint8"), ranked, *place, expert_colours(n)),
+                   "weights": (np.concatenate(routing.weights[m]), ranked, *place),
+                   "entropy": (routing.entropy[m], layers, *place)}
+        for kind, about in rasters.items():
+            written.append(folder / f"{start}-{kind}.tif")
+            _write_tif(written[-1], *about)
+        style = _style(n, band=len(ranked) - chosen.shape[1] + 1)
+        written.append(write_file(folder / f"{start}-experts.qml", style))
+    return sorted(written)
 
-# %% ../nbs/21_routing.ipynb #5453cb42
-def _write_tif(path, bands, names, transform, crs, n_experts=0):
+def _write_tif(path, bands, names, transform, crs, colours=()):
     import rasterio
-    place = {} if transform is None else {"transform": rasterio.Affine(*transform), "crs": crs}
+    place = {} if transform is None else {"transform": rasterio.Affine(*transform[:6]), "crs": crs}
     count, height, width = bands.shape
-    with rasterio.open(path, "w", "GTiff", width, height, count, dtype=bands.dtype,
-                       compress="deflate", photometric="minisblack", **place) as file:
-        file.write(bands)
-        for i, name in enumerate(names, 1): file.set_band_description(i, name)
-        if n_experts and count == 1:
-            file.write_colormap(1, {e: (*c, 255) for e, c in enumerate(expert_colours(n_experts))})
+    with replacing(path) as draft, warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(draft, "w", "GTiff", width, height, count, dtype=bands.dtype,
+                           compress="deflate", photometric="minisblack", **place) as file:
+            file.write(bands)
+            for i, name in enumerate(names, 1): file.set_band_description(i, name)
+            if colours and count == 1: file.write_colormap(1, {i: (*c, 255) for i, c in enumerate(colours)})
 
 def _style(n_experts, band):
     entry = '<paletteEntry value="{0}" label="expert {0}" color="#{1}" alpha="255"/>'
-    colours = enumerate(expert_colours(n_experts))
-    entries = "".join(entry.format(e, bytes(c).hex()) for e, c in colours)
+    entries = "".join(entry.format(e, bytes(c).hex()) for e, c in enumerate(expert_colours(n_experts)))
     return (f'<qgis><pipe><rasterrenderer type="paletted" band="{band}" opacity="1" alphaBand="-1">'
             f"<colorPalette>{entries}</colorPalette></rasterrenderer></pipe></qgis>\n")
 
-# %% ../nbs/21_routing.ipynb #8eb965a3
+# %% ../nbs/21_routing.ipynb #9b1eca1c
 def display_rgb(
-    image: np.ndarray,  # (C, H, W), any scale
-    task: Mapping,  # its "bands", and which of them are "rgb"
-) -> np.ndarray:  # (H, W, 3) of 0..1
-    "An image for the eye: each of three bands stretched between its 2nd and 98th percentile."
-    rgb = image[[task["bands"].index(b) for b in task["rgb"]]].astype(np.float32)
-    low, high = (np.nanpercentile(rgb, q, axis=(1, 2), keepdims=True) for q in (2, 98))
-    return np.nan_to_num((rgb - low) / np.maximum(high - low, 1e-9)).clip(0, 1).transpose(1, 2, 0)
+    image: np.ndarray, # (C, H, W), any scale
+    task: Mapping, # its "bands", and which of them are "rgb"
+) -> np.ndarray: # (H, W, 3) of 0..1
+    "Three bands of an image, each stretched between its 2nd and 98th percentile."
+    return stretch(image, [task["bands"].index(b) for b in task["rgb"]])
 
-# %% ../nbs/21_routing.ipynb #3ee28717
+# %% ../nbs/21_routing.ipynb #66708b67
 def class_colours(
-    labels: np.ndarray,  # (H, W) class indices
-    task: Mapping,  # its "palette"
-) -> np.ndarray:  # (H, W, 3) of 0..255, ignored pixels black
+    labels: np.ndarray, # (H, W) class indices
+    task: Mapping, # its "palette"
+) -> np.ndarray: # (H, W, 3) of 0..255, ignored pixels black
     "A class map in the colours of the benchmark."
-    colours = np.zeros((256, 3), np.uint8)
-    colours[:len(task["palette"])] = task["palette"]
-    return colours[labels]
+    return paint(labels, task["palette"])
 
-# %% ../nbs/21_routing.ipynb #1468541e
+# %% ../nbs/21_routing.ipynb #e048d01f
 def draw_experts(
-    ax: "matplotlib.axes.Axes",  # to draw on
-    routing: RoutingMap,  # of one image
-    modality: str,  # "visual" or "depth"
-    layer: int,  # which block
-    values: np.ndarray | None = None,  # (gh, gw) to draw instead of the winners, 0..1
+    ax: "matplotlib.axes.Axes", # to draw on
+    routing: RoutingMap, # of one image
+    modality: str, # "visual" or "depth"
+    layer: int, # which block
+    values: np.ndarray | None = None, # (gh, gw) to draw instead of the winners, 0..1
 ) -> "matplotlib.image.AxesImage":
     "The winning expert of every token over the grey image."
     (height, width), p = routing.prediction.shape, routing.patch[modality]
@@ -266,12 +265,12 @@ def draw_experts(
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     return shown
 
-# %% ../nbs/21_routing.ipynb #7fe932ce
+# %% ../nbs/21_routing.ipynb #2203b418
 def expert_legend(
-    ax: "matplotlib.axes.Axes",  # to draw on
-    routing: RoutingMap,  # of one image
-    layer: int | None = None,  # add the shares of this layer
-    **kwargs,  # for matplotlib's `Axes.legend`
+    ax: "matplotlib.axes.Axes", # to draw on
+    routing: RoutingMap, # of one image
+    layer: int | None = None, # add the shares of this layer
+    **kwargs, # for matplotlib's `Axes.legend`
 ) -> "matplotlib.legend.Legend":
     "A patch per expert, with its share of the tokens per modality."
     from matplotlib.patches import Patch
@@ -285,10 +284,10 @@ def expert_legend(
     patches = [Patch(color=c, label=label) for c, label in zip(colours, labels)]
     return ax.legend(handles=patches, title=title, frameon=False, **kwargs)
 
-# %% ../nbs/21_routing.ipynb #583c7ea8
+# %% ../nbs/21_routing.ipynb #5907fa6e
 def plot_routing(
-    routing: RoutingMap,  # of one image
-    layer: int = -1,  # which block, from 0; negative from the end
+    routing: RoutingMap, # of one image
+    layer: int = -1, # which block, from 0; negative from the end
 ) -> "matplotlib.figure.Figure":
     "Image, label, prediction, winning experts and entropy, with a legend for every colour."
     import matplotlib.pyplot as plt
@@ -320,10 +319,10 @@ def plot_routing(
     plt.close(fig)
     return fig
 
-# %% ../nbs/21_routing.ipynb #1fbd06e2
+# %% ../nbs/21_routing.ipynb #c41f2992
 def plot_layers(
-    routing: RoutingMap,  # of one image
-    modality: str = "visual",  # or "depth"
+    routing: RoutingMap, # of one image
+    modality: str = "visual", # or "depth"
 ) -> "matplotlib.figure.Figure":
     "The winning experts of every layer."
     import matplotlib.pyplot as plt
@@ -341,12 +340,37 @@ def plot_layers(
     plt.close(fig)
     return fig
 
-# %% ../nbs/21_routing.ipynb #ac88f2cf
+# %% ../nbs/21_routing.ipynb #887ef128
+def expert_counts(
+    routing: Sequence[Mapping], # per layer {"visual": Routing, "depth": Routing or None}
+) -> dict[str, Tensor]: # modality -> (L, E) tokens sent to each expert
+    "Tokens per layer and expert in one forward pass."
+    counts = {}
+    for modality in ("visual", "depth"):
+        gates = [layer[modality] for layer in routing if layer[modality] is not None]
+        if gates: counts[modality] = torch.stack([torch.nn.functional.one_hot(
+            gate.indices.flatten(), gate.scores.shape[-1]).sum(0) for gate in gates])
+    return counts
+
+# %% ../nbs/21_routing.ipynb #06dcc5d2
+def idle_experts(
+    counts: Mapping[str, Tensor], # modality -> (L, E) tokens per expert over some steps
+    floor: float = 0.01, # idle below this part of the fair share
+) -> list[tuple[int, str, int, float]]: # (layer, modality, expert, share of the tokens)
+    "Experts that get next to nothing."
+    idle = []
+    for modality, count in counts.items():
+        share = count / count.sum(-1, keepdim=True)
+        for layer, expert in (share < floor / share.shape[-1]).nonzero().tolist():
+            idle.append((layer, modality, expert, share[layer, expert].item()))
+    return idle
+
+# %% ../nbs/21_routing.ipynb #8e92f055
 def token_labels(
-    labels: Tensor,  # (B, H, W) class indices, IGNORE where unknown
-    patch: int,  # side of a token in pixels
-    n_classes: int,  # K
-) -> Tensor:  # (B, gh, gw) the most frequent class of each token, IGNORE where there is none
+    labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
+    patch: int, # side of a token in pixels
+    n_classes: int, # K
+) -> Tensor: # (B, gh, gw) the most frequent class of each token, IGNORE where there is none
     "Labels at token resolution, by majority of valid pixels; the lower class wins a tie."
     height, width = labels.shape[-2:]
     padded = torch.nn.functional.pad(labels, (0, -width % patch, 0, -height % patch), value=IGNORE)
@@ -354,7 +378,7 @@ def token_labels(
     best, winner = torch.stack([pool((padded == k).float(), patch) for k in classes]).max(0)
     return torch.where(best > 0, winner, IGNORE)
 
-# %% ../nbs/21_routing.ipynb #b26aeae1
+# %% ../nbs/21_routing.ipynb #a55df82b
 def _batches(tiles):
     dataset = isinstance(tiles, torch.utils.data.Dataset)
     for batch in (tiles[i] for i in range(len(tiles))) if dataset else tiles:
@@ -382,21 +406,21 @@ def _shares(counts, names, level):
     tokens, table.columns = table.sum(axis=1), [f"expert {e}" for e in table.columns]
     return table.div(tokens, axis=0).assign(tokens=tokens)
 
-# %% ../nbs/21_routing.ipynb #d8c06d5c
+# %% ../nbs/21_routing.ipynb #33b22f9d
 def expert_by_class(
-    model: torch.nn.Module,  # a `Segmentor` with an adapter
-    tiles: Iterable[Mapping],  # labelled `SegmentationTiles`, or a loader of batches
-) -> "pandas.DataFrame":  # (layer, modality, class) x experts, shares; last column: tokens
+    model: torch.nn.Module, # a `Segmentor` with an adapter
+    tiles: Iterable[Mapping], # labelled `SegmentationTiles`, or a loader of batches
+) -> "pandas.DataFrame": # (layer, modality, class) x experts, shares; last column: tokens
     "How the tokens of every class spread over the experts."
     classes = model.task["classes"]
     def labels(batch, patch): return token_labels(batch["label"], patch, len(classes))
     return _shares(_tally(model, tiles, labels, len(classes)), classes, "class")
 
-# %% ../nbs/21_routing.ipynb #bca77214
+# %% ../nbs/21_routing.ipynb #1439d34b
 def expert_by_domain(
-    model: torch.nn.Module,  # a `Segmentor` with an adapter
-    domains: Mapping[str, Iterable[Mapping]],  # name -> tiles or loader
-) -> "pandas.DataFrame":  # (layer, modality, domain) x experts, shares; last column: tokens
+    model: torch.nn.Module, # a `Segmentor` with an adapter
+    domains: Mapping[str, Iterable[Mapping]], # name -> tiles or loader
+) -> "pandas.DataFrame": # (layer, modality, domain) x experts, shares; last column: tokens
     "How the tokens of every domain spread over the experts."
     def seen(batch, patch):
         valid = batch.get("valid", torch.ones_like(batch["image"][:, 0], dtype=torch.bool))
@@ -405,10 +429,10 @@ def expert_by_domain(
     joined = {m: torch.cat([c[m] for c in counts], dim=1) for m in counts[0]}
     return _shares(joined, domains, "domain")
 
-# %% ../nbs/21_routing.ipynb #eef36e22
+# %% ../nbs/21_routing.ipynb #e8d9ddaf
 def plot_shares(
-    table: "pandas.DataFrame",  # from `expert_by_class` or `expert_by_domain`
-    layer: int = -1,  # which block, from 0; negative from the end
+    table: "pandas.DataFrame", # from `expert_by_class` or `expert_by_domain`
+    layer: int = -1, # which block, from 0; negative from the end
 ) -> "matplotlib.figure.Figure":
     "A heat map per modality, each expert under its colour."
     import matplotlib.pyplot as plt

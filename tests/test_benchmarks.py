@@ -8,7 +8,7 @@ import pytest
 
 from spectralmoe.simulator import ground as simulator
 from spectralmoe.bands import as_sensor
-from spectralmoe.benchmarks import (BENCHMARKS, SHIFTS, SIMULATED, Domain, View, benchmark, merge, merged,
+from spectralmoe.benchmarks import (BENCHMARKS, SHIFTS, SIMULATED, Domain, View,
                                     oracle, shift_laboratory)
 
 SEVEN = ("whu_ohs", "fbp_cross_sensor", "fbp_cross_region", "flair", "loveda", "openearthmap", "potsdam_vaihingen")
@@ -38,12 +38,6 @@ def test_a_recipe_is_plain_data_and_its_fields_exist(task):
         for v in views:
             base = simulator.Domain(region=simulator.REGIONS[v.region])
             simulator.change(base, **{k: tuple(x) if isinstance(x, list) else x for k, x in v.fields.items()})
-
-
-@each
-def test_every_simulated_class_has_one_place(task):
-    assert sorted(sum(merged(task).values(), [])) == sorted(SIMULATED)
-    assert set(task.label_map) == set(range(len(SIMULATED))) and 255 not in task.label_map.values()
 
 
 @each
@@ -89,13 +83,6 @@ def test_a_view_without_scenes_is_refused(wrong, about):
     with pytest.raises(ValueError, match=about): View(**dict(region="plain", tiles=4, first_seed=0) | wrong)
 
 
-def test_a_merge_names_every_class_once():
-    with pytest.raises(ValueError, match=r"\['lagoon'\] unknown, missing or twice"):
-        merge({"all": ("000000", " ".join((*SIMULATED, "lagoon")))})
-    with pytest.raises(ValueError, match=r"\['river'\] unknown"):
-        merge({"all": ("000000", " ".join(SIMULATED)), "water": ("0000ff", "river")})
-
-
 # ---- bands that change their meaning
 
 def test_substitutes_are_said_wherever_the_task_is_shown():
@@ -119,7 +106,7 @@ def test_a_sensor_without_red_green_blue_needs_another_rgb():
     task, some = BENCHMARKS["fbp_cross_sensor"], as_sensor("gf2").select(["red", "nir"])
     with pytest.raises(ValueError, match=r"missing \[green, blue\]"):
         replace(task, source=replace(task.source, sensor=some))
-    with pytest.raises(ValueError, match=r"rgb .* is not among bands \['red', 'nir'\]"):
+    with pytest.raises(ValueError, match="rgb .* expected three of the bands red, nir"):
         replace(task, bands=("red", "nir"))
 
 
@@ -176,9 +163,3 @@ def test_soils_are_ordered_by_their_distance():
     spectra = [simulator.soil_spectrum(s) for s in SHIFTS["soil"].severities]
     far = [(s - spectra[0]).square().mean().sqrt().item() for s in spectra]
     assert far == sorted(far) and far[1] > 0
-
-
-def test_train_tiles_is_checked():
-    with pytest.raises(ValueError, match="train_tiles=0"): replace(MINI[0], train_tiles=0)
-    assert {t.train_tiles for t in MINI} == {64}  # the regime's decision; without it, all that are not held out
-    assert benchmark("made_tiles").train_tiles is None

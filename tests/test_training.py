@@ -14,8 +14,9 @@ from torch import nn
 
 from spectralmoe.datasets import DomainDataModule
 from spectralmoe.segmentor import Segmentor
+from spectralmoe.evaluation import confusion_matrix, iou_per_class
 from spectralmoe.training import (
-    AtomicCheckpoints, confusion_matrix, fit, iou_per_class, newest_checkpoint)
+    AtomicCheckpoints, fit, newest_checkpoint)
 
 STEPS = 12
 RUN = dict(lr=3e-3, log_every=4, checkpoint_every=5, validate_every=6, progress=None, accelerator="cpu")
@@ -157,7 +158,7 @@ def test_folder_of_another_run_is_refused_and_untouched(whole):
 
 
 def test_folder_holds_two_checkpoints_of_what_is_trained(whole):
-    names = sorted(p.name for p in whole.folder.iterdir())
+    names = sorted(p.name for p in whole.folder.glob("[!.]*"))
     assert names == ["best.ckpt", "fit.json", "history.json", "step-00000010.ckpt", "step-00000012.ckpt"]
     saved = AtomicCheckpoints().load_checkpoint(whole.folder / "step-00000012.ckpt")
     assert saved["state_dict"].keys() == whole.model.trained_state_dict().keys()

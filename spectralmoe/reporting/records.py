@@ -153,15 +153,15 @@ def path(self: RunRecord,
     free = not usual.exists() or read_json(usual, "delete it and run again").get("id") == self.id
     return usual if free else other
 
-# %% ../../nbs/reporting/00_records.ipynb #a1ed7c9b
+# %% ../../nbs/reporting/00_records.ipynb #f04c372a
 @patch
 def run_folder(self: RunRecord,
     folder: str | Path, # of all runs
 ) -> Path: # checkpoints, history.json and model/ lie there
     "Where the run keeps its weights."
-    home = Path(folder) / self.experiment
-    old = home / "models" / _safe(f"{self.benchmark}-{self.method}-s{self.seed}-{self.id}")
-    return old if old.exists() else home / "models" / self.path(folder).relative_to(home / "records").with_suffix("")
+    models, name = Path(folder) / self.experiment / "models", f"{self.method}-s{self.seed}-{self.id}"
+    old = models / _safe(f"{self.benchmark}-{name}")
+    return old if old.exists() else models / _safe(self.benchmark) / _safe(name)
 
 # %% ../../nbs/reporting/00_records.ipynb #6bac2fab
 @patch
