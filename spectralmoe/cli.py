@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'console', 'OPTIONAL', 'data_app', 'command', 'main', 'cached_weights', 'machine', 'folders', 'check',
            'experiments', 'parse_value', 'run', 'data_list', 'data_info', 'data_prepare', 'data_verify', 'data_preview',
-           'convert', 'demo']
+           'convert', 'reports', 'demo']
 
 # %% ../nbs/32_cli.ipynb #0ab25ee2
 import inspect, json, os, re, shutil, warnings
@@ -249,6 +249,25 @@ def convert(
         if task and task.released: task = find_benchmark(task, "released")
         out = checkpoints.convert(file, to, task, backbone(vfm), backbone(dfm), statistics=task and task.statistics)
     typer.echo(f"written: {out}")
+
+# %% ../nbs/32_cli.ipynb #rep0code
+@command
+def reports(
+    folder: Path | None = None,  # of the reports; default: reports/ of the repository
+    plans: Path | None = None,  # folder of plans; default: plans/ beside the experiments
+    again: bool = False,  # also what is up to date
+    train: bool = False,  # runs that have no record are trained, which takes hours
+    latex: Path | None = None,  # write the tables as LaTeX into this folder, and nothing else
+):
+    "Makes the reports that are absent or stale, from records."
+    from spectralmoe.reporting.plans import latex_tables, make_reports
+    try:
+        if latex:
+            typer.echo(f"written: {len(latex_tables(latex, folder))} tables below {latex}")
+            return
+        outcomes = make_reports(plans, folder, again, train, lambda line: typer.echo(line))
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as e: _refuse(e.args[0] if len(e.args) == 1 else str(e))
+    if any(said.startswith("not made") for said in outcomes.values()): raise typer.Exit(1)
 
 # %% ../nbs/32_cli.ipynb #46ecb789
 @command
