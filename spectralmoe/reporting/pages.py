@@ -212,7 +212,7 @@ def method_list(
     there = {row_of(r)[1] for records in tasks.values() for r in records.values()}
     return "".join(f"<li><code>{m}</code>: {html.escape(said[m])}</li>" for m in said if m in there).join(["<ul>", "</ul>"]) if there else ""
 
-# %% ../../nbs/reporting/03_pages.ipynb #4313255e
+# %% ../../nbs/reporting/03_pages.ipynb #3660dc0b
 def expert_shares(
     tasks: Mapping[str, Mapping[Path, RunRecord]], # task -> its records
 ) -> str: # HTML; "" where no run has experts
@@ -224,13 +224,16 @@ def expert_shares(
             if share and not row_of(r)[2]: found.setdefault((task, r.method), []).append(100 * sum(share) / len(share))
     methods = sorted({m for _, m in found}, key=lambda m: ROWS.index(m) if m in ROWS else len(ROWS))
     if not found: return ""
-    mean = lambda values: f"{sum(values) / len(values):.2f}" if values else "not run"
+    def mean(values):
+        if not values: return "not run"
+        share = sum(values) / len(values)
+        return f"{share:.2f}" if share >= 0.005 else "< 0.01"
     rows = [[t.replace("_", " "), *(mean(found.get((t, m), [])) for m in methods)] for t in tasks if any(k[0] == t for k in found)]
     return ("<p>Norm of what the experts add to a token, in percent of the token's norm, mean over layers and seeds. Where it is a few "
             "tenths of a percent or less, hardly anything was added, and the differences between methods say next to nothing about experts.</p>"
             f'<div class="box">{html_table(["added norm (%)", *methods], rows)}</div>')
 
-# %% ../../nbs/reporting/03_pages.ipynb #5ce032d5
+# %% ../../nbs/reporting/03_pages.ipynb #7a1fb9b7
 def experiment_section(
     name: str, # of the experiment, whose folder lies below `folder`
     folder: Path, # of the page
@@ -246,17 +249,22 @@ def experiment_section(
             rows = [[m, *map(cell, t.itertuples())] for m, t in data.groupby("method", sort=False)]
             text = html_table([data.metric[0], *data.domain.unique()], rows)
         else: rows, text = data, html_table(data.columns, data.round(3).fillna("").to_numpy())
-        title, text = _words(path.stem.replace("-", ": ", 1)), f'<div class="box">{text}</div>'
+        title, text = html.escape(named(path.stem)), f'<div class="box">{text}</div>'
         return f"<details><summary>{title}, {len(rows)} rows</summary>{text}</details>" if len(rows) > 12 else f"<h3>{title}</h3>{text}"
-    parts = [picture(p, folder, p.stem.replace("_", " ").replace("-", ": ", 1)) for p in shown("png")] + [table(p) for p in shown("csv")]
+    def named(stem): # task: what
+        task, _, what = stem.partition("-")
+        return f"{heading_of(task)}: {what}" if task in BENCHMARKS else stem.replace("-", " ").replace("_", " ")
+    parts = [picture(p, folder, named(p.stem)) for p in shown("png")] + [table(p) for p in shown("csv")]
     sentence = next((said for p in sorted(folder.glob(f"{name}/*.ipynb")) if (said := _subtitle(p))), "")
-    return f"<p>{sentence}</p>{''.join(parts)}" if parts else ""
+    return f"{sentence}{''.join(parts)}" if parts else ""
 
 def _subtitle(notebook):
-    "The line after `>` of the first cell."
+    "The first cell without its heading."
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    found = re.search(r"^> (.+)$", "".join(cells[0]["source"]) if cells else "", re.M)
-    return html.escape(found[1]) if found else ""
+    lines = "".join(cells[0]["source"]).splitlines()[1:] if cells else []
+    paragraphs = "\n".join(line.removeprefix("> ") for line in lines).strip().split("\n\n")
+    code = lambda text: re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return "".join(f"<p>{code(p)}</p>" for p in paragraphs if p)
 
 # %% ../../nbs/reporting/03_pages.ipynb #ce736fae
 MINI = """<b>Simulated.</b> The images of these tasks were made by a simulator, and <code>mini_vfm</code> and

@@ -114,7 +114,7 @@ def make_page(
     for left in made.parent.glob(f"{draft}.*"): left.unlink()
     return "made"
 
-# %% ../../nbs/reporting/05_plans.ipynb #8664f21c
+# %% ../../nbs/reporting/05_plans.ipynb #d85532b2
 def make_reports(
     plans: str | Path | None = None, # folder of plans; None: plans/ beside the experiments
     folder: str | Path | None = None, # of the reports; None: reports/ of the repository
@@ -125,7 +125,7 @@ def make_reports(
     "Makes what is absent or stale: executed notebooks, the page of every report, and the pages that lead to them."
     plans = Path(plans or notebooks_folder() / "plans")
     folder = Path(folder or notebooks_folder().parent.parent / "reports").resolve()
-    known = [read_plan(p) for p in sorted(plans.glob("[!.]*.json"))]
+    known = sorted(map(read_plan, plans.glob("[!.]*.json")), key=lambda plan: (-len(plan.tasks), plan.name))
     if not known: raise FileNotFoundError(f"no plan in {plans}: expected a <report>.json for every report")
     outcomes = {}
     for plan in known:
@@ -136,7 +136,7 @@ def make_reports(
     write_index(known, folder)
     return outcomes
 
-# %% ../../nbs/reporting/05_plans.ipynb #4a0a0dba
+# %% ../../nbs/reporting/05_plans.ipynb #2b8b7c5d
 def write_index(
     plans: Iterable[Plan], # of all reports
     folder: Path, # of the reports
@@ -151,7 +151,7 @@ def write_index(
                   + ", ".join(f"[{name}]({url})" for name, url in pages.items()) + "."]
         items = "".join(f'<li><a href="{url}">{html.escape(name)}</a></li>' for name, url in pages.items())
         sections[plan.title] = (f'<p>{html.escape(plan.says)}</p><p><a href="{plan.name}/index.html"><b>Read the report</b></a></p>'
-                                f"<details><summary>{len(pages)} executed notebooks</summary><ul>{items}</ul></details>")
+                                f"<details><summary>{len(pages)} executed notebook{'s' * (len(pages) != 1)}</summary><ul>{items}</ul></details>")
     lead = ["<p>Every number in these reports is computed from records of runs.</p>"]
     return (write_file(folder / "README.md", "\n\n".join(line for line in lines if line) + "\n"),
             write_file(folder / "index.html", page_frame("Reports", lead, sections)))
