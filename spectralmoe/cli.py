@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'OPTIONAL', 'data_app', 'command', 'main', 'cached_weights', 'machine', 'folders', 'check',
-           'experiments', 'parse_value', 'run', 'plain_lines', 'data_list', 'data_info', 'data_prepare', 'data_verify',
-           'data_preview', 'convert', 'demo']
+           'experiments', 'parse_value', 'run', 'reports', 'plain_lines', 'data_list', 'data_info', 'data_prepare',
+           'data_verify', 'data_preview', 'convert', 'demo']
 
 # %% ../nbs/32_cli.ipynb #ac3aab1a
 import inspect
@@ -182,6 +182,25 @@ def _report(work):
         raise typer.Exit(1) from None
     typer.echo(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
     return out
+
+# %% ../nbs/32_cli.ipynb #3744a796
+@command
+def reports(
+    folder: Path | None = None, # of the reports; default: reports/ of the repository
+    plans: Path | None = None, # folder of plans; default: plans/ beside the experiments
+    again: bool = False, # also what is up to date
+    train: bool = False, # runs that have no record are trained, which takes hours
+    latex: Path | None = None, # write the tables as LaTeX into this folder, and nothing else
+):
+    "Makes the reports that are absent or stale, from records."
+    from spectralmoe.reporting.plans import latex_tables, make_reports
+    try:
+        if latex:
+            typer.echo(f"written: {len(latex_tables(latex, folder))} tables below {latex}")
+            return
+        outcomes = make_reports(plans, folder, again, train, lambda line: typer.echo(line))
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as e: _refuse(e.args[0] if len(e.args) == 1 else str(e))
+    if any(said.startswith("not made") for said in outcomes.values()): raise typer.Exit(1)
 
 # %% ../nbs/32_cli.ipynb #57ca93be
 data_app = typer.Typer(no_args_is_help=True, help="The seven published data sets: from archives to tiles.")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import spectralmoe
 from .files import digest, nearest, only_one, replacing
-from .reporting.records import index_page
+from .reporting.pages import index_page
 from .runs import check_setting, choose_profile, load_data
 
 # %% ../nbs/31_reproduce.ipynb #beb45782

@@ -231,7 +231,7 @@ def run_folder(
     folder: str | Path, # of all runs
 ) -> Path: # checkpoints, history.json and model/ lie there
     "Where a run keeps its weights."
-    return Path(folder) / record.experiment / "models" / record.path(folder).stem
+    return record.run_folder(folder)
 
 # %% ../nbs/30_runs.ipynb #0e4c0ab7
 def run_method(

@@ -178,7 +178,7 @@ def test_a_named_backbone_keeps_its_architecture_without_its_weights():
 
 
 def test_rows_of_a_table_stand_in_one_order():
-    from spectralmoe.reporting.records import ROWS
+    from spectralmoe.reporting.tables import ROWS
     assert list(ROWS) == [*METHODS, "oracle"]
 
 

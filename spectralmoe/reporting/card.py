@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..backbones import BACKBONES
 from ..benchmarks import BENCHMARKS
-from .records import NOTE, RunRecord, results_table
+from .records import RunRecord
+from .tables import NOTE, results_table
 from ..segmentor import METHODS, Segmentor
 
 # %% ../../nbs/reporting/04_card.ipynb #0761d0e1
