@@ -253,7 +253,7 @@ def run_method(
     p, task, opened = choose_profile(profile), find_benchmark(benchmark), not (data is None or isinstance(data, (str, Path)))
     module = data if opened else None if task.simulated else load_data(p, task, data, train_tiles=train_tiles)
     record = planned(task, method, seed, p, module, experiment, parameters, overrides, lr, train_tiles)
-    known = finished(record, folder)
+    known = finished(record, folder, earlier=not train)
     if known or not train: return known
     module = module or load_data(p, task, data, train_tiles=train_tiles)
     module.seed = seed

@@ -222,12 +222,28 @@ def recording(
         record.finished, record.seconds = now(), time.perf_counter() - clock
         record.write(folder)
 
-# %% ../../nbs/reporting/00_records.ipynb #a8ffefcf
+# %% ../../nbs/reporting/00_records.ipynb #6031ae92
 def finished(
     record: RunRecord, # a run that is about to start
     folder: str | Path, # of all runs
+    earlier: bool = False, # True: else one of an earlier version that recorded fewer settings, all of them the same
 ) -> RunRecord | None: # the record of the same run, if it is done
     "What is already known of a run, so that it need not be repeated."
     path = record.path(folder)
     found = read_record(path) if path.exists() else None
-    return found if found and found.status == "done" else None
+    if found and found.status == "done": return found
+    if not earlier: return None
+    records, name = Path(folder) / record.experiment / "records", _safe(f"{record.method}-s{record.seed}")
+    task = _safe(record.benchmark)
+    files = sorted([*records.glob(f"{task}/{name}*.json"), *records.glob(f"{task}-{name}-*.json")])
+    return next((r for r in map(read_record, files) if r.status == "done" and r._earlier_than(record)), None)
+
+@patch
+def _earlier_than(self: RunRecord, other):
+    "Same data, and the same settings as far as they were recorded?"
+    def within(a, b):
+        if isinstance(a, dict) and isinstance(b, dict): return all(k in b and within(v, b[k]) for k, v in a.items())
+        return a == b
+    names = "experiment", "benchmark", "method", "seed", "data"
+    same = all(getattr(self, n) == plain(getattr(other, n)) for n in names)
+    return same and bool(self.config) and within(self.config, plain(other.config))
