@@ -233,7 +233,7 @@ def run_folder(
     "Where a run keeps its weights."
     return record.run_folder(folder)
 
-# %% ../nbs/30_runs.ipynb #c215e00a
+# %% ../nbs/30_runs.ipynb #0e4c0ab7
 def run_method(
     benchmark: str | Benchmark, # key of `BENCHMARKS`, or your own
     method: str, # key of `METHODS`
@@ -257,16 +257,17 @@ def run_method(
     if known or not train: return known
     module = module or load_data(p, task, data, train_tiles=train_tiles)
     module.seed = seed
-    with only_one(run_folder(record, folder), f"running {record.benchmark} {method} seed {seed}", name="run"):
+    with only_one(Path(folder) / experiment / "models", f"running {record.benchmark} {method} seed {seed}", name=f"{record.id}."):
         return finished(record, folder) or _run(record, module, p, folder, progress)
 
 def _run(record, module, p, folder, progress):
     "Trains, saves, scores: in this order."
     from spectralmoe.segmentor import METHODS, Segmentor
     from spectralmoe.training import fit
-    c, home, steps = record.config, run_folder(record, folder), record.config["steps"]
+    c, steps = record.config, record.config["steps"]
     try:
         with recording(record, folder):
+            home = run_folder(record, folder)
             module.check()
             model = Segmentor.build(module.benchmark, p.vfm, p.dfm, record.method, p.head, p.head_sizes if METHODS[record.method].backbone else {},
                                     seed=record.seed, statistics=module.statistics.to_dict(), **c["adapter"])

@@ -97,7 +97,7 @@ def compare_statistics(
     "Mean and standard deviation of the source beside those of the released configuration."
     import pandas as pd
     task, ours = benchmark(recipe(name).task), read_manifest(Path(to) / recipe(name).name)["statistics"]
-    theirs = task.released
+    theirs = task.authors
     table = pd.DataFrame({"mean": ours["mean"], "released mean": theirs["mean"], "std": ours["std"], "released std": theirs["std"]}, ours["bands"])
     table.insert(2, "difference", table["mean"] - table["released mean"])
     return table.assign(**{"difference of std": table["std"] - table["released std"]}).round(4)
