@@ -6,7 +6,7 @@
 __all__ = ['notebooks_folder', 'runs_folder', 'Parameter', 'read_parameters', 'Experiment', 'experiments', 'find_experiment',
            'this_python', 'papermill_log', 'ExperimentFailed', 'reproduce', 'demo']
 
-# %% ../nbs/31_reproduce.ipynb #758e0628
+# %% ../nbs/31_reproduce.ipynb #ba1160da
 import ast
 import json
 import logging

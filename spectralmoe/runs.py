@@ -225,7 +225,7 @@ def weights_hash(
     fed = ("in_bands", "inflate", "rgb", "extra_share", "train_extra", "wavelengths")
     return getattr(backbones, f"load_{kind}")(**{k: v for k, v in json.loads(spec).items() if k not in fed}).fingerprint()[:12]
 
-# %% ../nbs/30_runs.ipynb #6ef77c58
+# %% ../nbs/30_runs.ipynb #c81c3426
 def run_folder(
     record: RunRecord, # of a training run
     folder: str | Path, # of all runs
@@ -233,7 +233,7 @@ def run_folder(
     "Where a run keeps its weights."
     return record.run_folder(folder)
 
-# %% ../nbs/30_runs.ipynb #0e4c0ab7
+# %% ../nbs/30_runs.ipynb #4d2cc604
 def run_method(
     benchmark: str | Benchmark, # key of `BENCHMARKS`, or your own
     method: str, # key of `METHODS`
