@@ -106,14 +106,15 @@ def only_one(
     folder: str | Path, # that one process at a time may change; made if absent
     doing: str, # for the message of whoever comes second: "training", "preparing flair"
     remedy: str = "wait until it has finished, or choose another folder", # what the second can do
+    wait: float = 0.0, # seconds to wait for the other before refusing
     name: str = "", # of the lock: one folder can have several, each for a job of its own
 ) -> Iterator[None]:
-    "Keeps other processes out of a folder during the block; refuses at once if one is there."
+    "Keeps other processes out of a folder during the block; refuses if one is there."
     from filelock import FileLock, Timeout
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock, note = FileLock(folder / f".{name}lock"), folder / f".{name}lock.json"
-    try: lock.acquire(blocking=False)
+    try: lock.acquire(timeout=wait)
     except Timeout:
         try: said = read_json(note)
         except (OSError, ValueError): said = {}
