@@ -323,7 +323,7 @@ def make_tiles(
                 dn = (seen + rng.normal(0, 0.004, seen.shape)) / bands.bands[0].scale
                 dn = dn.round().clip(1, 65535).astype("uint16")
                 dn[:, :size // 12, :size // 12] = 0
-                place = dict(crs="EPSG:32633", transform=(10, 0, 5e5 + 10 * size * i, 0, -10, 5e6))
+                place = dict(crs="EPSG:32633", transform=(10, 0, 5e5 + 20 * size * i, 0, -10, 5e6 + 1e5 * (product == "target")))
                 image, mask = (f"{product}/{kind}/{i:03}.tif" for kind in ("images", "masks"))
                 _write_tif(draft / image, dn, bands.names, nodata=0, **place)
                 _write_tif(draft / mask, classes[None], **place)
