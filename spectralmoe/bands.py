@@ -5,21 +5,25 @@
 # %% auto #0
 __all__ = ['SENSORS', 'Band', 'Sensor', 'plot_bands', 'as_sensor', 'match_bands']
 
-# %% ../nbs/02_bands.ipynb #a6da151a
+# %% ../nbs/02_bands.ipynb #6cf3f4a4
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from html import escape
 
-# %% ../nbs/02_bands.ipynb #44a1f33a
+from fastcore.basics import patch
+
+from .files import few, nearest
+
+# %% ../nbs/02_bands.ipynb #fffccbd6
 @dataclass(frozen=True)
 class Band:
     "One spectral band: its place in the spectrum and the scale of its stored numbers."
     name: str # as the product names it, "B4"
     center: float # centre wavelength, micrometres
     width: float # full width, micrometres (at half maximum where that is published)
-    common: str|None = None # STAC eo:common_name ("red", "nir", "swir22"), None if it has none
+    common: str | None = None # STAC eo:common_name ("red", "nir", "swir22"), None if it has none
     scale: float = 1.0 # physical value = DN * scale + offset
     offset: float = 0.0 # in physical units
 
@@ -32,106 +36,97 @@ class Band:
             raise ValueError(f"band {self.name!r}: scale {self.scale}; expected a finite number "
                              "other than 0 (1 keeps the digital numbers)")
 
-# %% ../nbs/02_bands.ipynb #0faefa84
-def _key(name): return re.sub(r"(?<=[a-z])0+(?=\d)", "", name.casefold())
-
-def _label(band): return f"{band.name} ({band.common})" if band.common else band.name
-
-def _position(sensor, wanted):
-    for of in (lambda b: b.name, lambda b: b.common or ""):
-        keys = [_key(of(b)) for b in sensor.bands]
-        if _key(wanted) in keys: return keys.index(_key(wanted))
-    known = [*sensor.names, *(b.common for b in sensor.bands if b.common)]
-    near = get_close_matches(wanted, known, n=3, cutoff=0.5)
-    raise KeyError(f"sensor {sensor.name!r} has no band {wanted!r}; it has "
-                   f"{', '.join(map(_label, sensor.bands))}"
-                   + (f"; closest: {', '.join(near)}" if near else "; select among those"))
-
-# %% ../nbs/02_bands.ipynb #74b8faa0
+# %% ../nbs/02_bands.ipynb #8bcde38d
 @dataclass(frozen=True, repr=False)
 class Sensor:
     "Bands in the order of the file, and what is known about the product that holds them."
     name: str # key in `SENSORS`, or your own
     bands: tuple[Band, ...] # in the order of the file
-    nodata: float|None = None # DN that means "no data"; NaN always does
-    rgb: tuple[str, str, str]|None = None # bands shown and given to three-band models as R, G, B
-    gsd: float|None = None # pixel size of the product, metres
+    nodata: float | None = None # DN that means "no data"; NaN always does
+    rgb: tuple[str, str, str] | None = None # bands shown and given to three-band models as R, G, B
+    gsd: float | None = None # pixel size of the product, metres
     source: str = "" # where the figures come from
 
     names = property(lambda self: tuple(b.name for b in self.bands), doc="Names, in file order.")
     wavelengths = property(lambda self: tuple(b.center for b in self.bands), doc="Centres, um.")
     widths = property(lambda self: tuple(b.width for b in self.bands), doc="Full widths, um.")
-    rgb_index = property(lambda self: _rgb_index(self), doc="Positions of red, green and blue.")
 
     def __post_init__(self):
         object.__setattr__(self, "bands", tuple(self.bands))
-        _check_unique(self)
-        if self.rgb is not None:
-            object.__setattr__(self, "rgb", tuple(self.names[self.index(b)] for b in self.rgb))
+        keys = [k for b in self.bands for k in {self._key(n) for n in (b.name, b.common) if n}]
+        twice = sorted({k for k in keys if keys.count(k) > 1})
+        if twice or not keys: raise ValueError(
+            f"sensor {self.name!r} with bands {few(self.names)}: {f'{few(twice)} occurs twice' if twice else 'no band'}; "
+            "expected one band or more, every name and common name once")
+        if self.rgb is not None: object.__setattr__(self, "rgb", tuple(self.names[self.index(b)] for b in self.rgb))
 
     def __len__(self): return len(self.bands)
-    def __repr__(self): return f"Sensor({self.name!r}: {', '.join(map(_label, self.bands))})"
-    def _repr_html_(self): return _html(self)
+    def __repr__(self): return f"Sensor({self.name!r}: {few(map(_label, self.bands), 40)})"
+
+    @staticmethod
+    def _key(name): return re.sub(r"(?<=[a-z])0+(?=\d)", "", name.casefold()) # B02, b2 -> b2
 
     def index(self,
         band: str, # the product's name (B2 = B02 = b2) or a common name
     ) -> int: # position in the file, from 0
         "Where a band is."
-        return _position(self, band)
+        for names in (self.names, [b.common or "" for b in self.bands]):
+            keys = [self._key(n) for n in names]
+            if (key := self._key(band)) in keys: return keys.index(key)
+        known = [*self.names, *(b.common for b in self.bands if b.common)]
+        raise KeyError(f"sensor {self.name!r} has no band {band!r}; it has {few(map(_label, self.bands), 20)}. {nearest(band, known)}")
 
-    def select(self,
-        names: Iterable[str], # product names or common names, in the order wanted
-    ) -> "Sensor": # those bands in that order; `rgb` stays if all three are among them
-        "Take bands by name, in the order given."
-        bands = tuple(self.bands[self.index(n)] for n in _names(names))
-        keep = self.rgb is not None and set(self.rgb) <= {b.name for b in bands}
-        return replace(self, bands=bands, rgb=self.rgb if keep else None)
+def _label(band): return f"{band.name} ({band.common})" if band.common else band.name
 
-    def rescale(self,
-        scale: float, # physical value = DN * scale + offset, for every band
-        offset: float = 0.0, # in physical units
-    ) -> "Sensor": # the same bands, stored in another way
-        "The same bands in a product with another digital-number scale."
-        bands = tuple(replace(b, scale=scale, offset=offset) for b in self.bands)
-        return replace(self, bands=bands)
-
-# %% ../nbs/02_bands.ipynb #91412627
+# %% ../nbs/02_bands.ipynb #091079cc
 def _names(names):
-    if isinstance(names, str):
-        raise TypeError(f"names is the string {names!r}; expected a sequence: [{names!r}]")
+    if isinstance(names, str): raise TypeError(f"names is the string {names!r}; expected a sequence: [{names!r}]")
     return tuple(names)
 
-def _check_unique(sensor):
-    keys = [k for b in sensor.bands for k in {_key(n) for n in (b.name, b.common) if n}]
-    twice = sorted({k for k in keys if keys.count(k) > 1})
-    if twice or not keys:
-        raise ValueError(f"sensor {sensor.name!r} with bands {list(sensor.names)}: "
-            + (f"{', '.join(twice)} occurs twice" if twice else "no band")
-            + "; expected one band or more, every name and common name once")
+@patch
+def select(self: Sensor,
+    names: Iterable[str], # product names or common names, in the order wanted
+) -> Sensor: # those bands in that order; `rgb` stays if all three are among them
+    "Take bands by name, in the order given."
+    bands = tuple(self.bands[self.index(n)] for n in _names(names))
+    keep = self.rgb is not None and set(self.rgb) <= {b.name for b in bands}
+    return replace(self, bands=bands, rgb=self.rgb if keep else None)
 
-def _rgb_index(sensor):
-    if sensor.rgb is None:
-        raise ValueError(f"sensor {sensor.name!r} ({', '.join(map(_label, sensor.bands))}) does "
-            "not say which bands stand for red, green, blue: give it rgb=(red, green, blue)")
-    return tuple(map(sensor.index, sensor.rgb))
+# %% ../nbs/02_bands.ipynb #34118158
+@patch
+def rescale(self: Sensor,
+    scale: float, # physical value = DN * scale + offset, for every band
+    offset: float = 0.0, # in physical units
+) -> Sensor: # the same bands, stored in another way
+    "The same bands in a product with another digital-number scale."
+    return replace(self, bands=tuple(replace(b, scale=scale, offset=offset) for b in self.bands))
 
-# %% ../nbs/02_bands.ipynb #00b1ab3f
-def _html(sensor):
+@patch(as_prop=True)
+def rgb_index(self: Sensor) -> tuple[int, int, int]: # from 0
+    "Positions of red, green and blue in the file."
+    if self.rgb is None: raise ValueError(
+        f"sensor {self.name!r} ({few(map(_label, self.bands))}) does not say which bands stand for red, green, blue: "
+        "give it rgb=(red, green, blue)")
+    return tuple(map(self.index, self.rgb))
+
+# %% ../nbs/02_bands.ipynb #02ab3ba9
+@patch
+def _repr_html_(self: Sensor):
     row = lambda cells, t: "<tr>" + "".join(f"<{t}>{escape(str(c))}</{t}>" for c in cells) + "</tr>"
     rows = [(i, b.name, b.common or "", b.center, b.width, f"{b.scale:.4g}", f"{b.offset:g}")
-            for i, b in enumerate(sensor.bands)]
+            for i, b in enumerate(self.bands)]
     head = ("", "name", "common", "centre (um)", "width (um)", "scale", "offset")
-    about = f"{sensor.name}: nodata {sensor.nodata}, {sensor.gsd or '?'} m, rgb {sensor.rgb}"
+    about = f"{self.name}: nodata {self.nodata}, {self.gsd or '?'} m, rgb {self.rgb}"
     return (f"<table><caption>{escape(about)}</caption>{row(head, 'th')}"
-            f"{''.join(row(r, 'td') for r in rows)}</table><p>{escape(sensor.source)}</p>")
+            f"{''.join(row(r, 'td') for r in rows)}</table><p>{escape(self.source)}</p>")
 
-# %% ../nbs/02_bands.ipynb #15901d05
+# %% ../nbs/02_bands.ipynb #b2418018
 def _bands(*rows, scale=1.0, offset=0.0):
     return tuple(Band(*row, scale=scale, offset=offset) for row in rows)
 
 SENSORS: dict[str, Sensor] = {}
 
-# %% ../nbs/02_bands.ipynb #fdb4d6bb
+# %% ../nbs/02_bands.ipynb #e0ebca53
 _gf = _bands(("B1", .485, .07, "blue"), ("B2", .555, .07, "green"), ("B3", .66, .06, "red"),
              ("B4", .83, .12, "nir"))
 SENSORS["gf2"] = Sensor("gf2", _gf, rgb=("B3", "B2", "B1"), gsd=4,
@@ -139,14 +134,14 @@ SENSORS["gf2"] = Sensor("gf2", _gf, rgb=("B3", "B2", "B1"), gsd=4,
 SENSORS["gf1"] = Sensor("gf1", _gf, rgb=("B3", "B2", "B1"), gsd=8,
     source="GF-1 PMS, 8 m camera: the same four ranges as GF-2")
 
-# %% ../nbs/02_bands.ipynb #456b06c9
+# %% ../nbs/02_bands.ipynb #daa6d81f
 SENSORS["planetscope"] = Sensor("planetscope", _bands(
     ("B1", .485, .06, "blue"), ("B2", .545, .09, "green"), ("B3", .63, .08, "red"),
     ("B4", .82, .08, "nir"), scale=1e-4), nodata=0, rgb=("B3", "B2", "B1"), gsd=3,
     source="Dove Classic (PS2): .455-.515, .50-.59, .59-.67, .78-.86 um (Planet imagery product "
            "specification); surface reflectance x 10000")
 
-# %% ../nbs/02_bands.ipynb #1283169a
+# %% ../nbs/02_bands.ipynb #fb3e1f3b
 SENSORS["sentinel2"] = Sensor("sentinel2", _bands(
     ("B1", .4427, .021, "coastal"), ("B2", .4924, .066, "blue"), ("B3", .5598, .036, "green"),
     ("B4", .6646, .031, "red"), ("B5", .7041, .015, "rededge071"),
@@ -157,7 +152,7 @@ SENSORS["sentinel2"] = Sensor("sentinel2", _bands(
     source="Sentinel-2A MSI (ESA user guide, from the measured spectral responses); reflectance "
            "x 10000, before baseline 04.00 or harmonised")
 
-# %% ../nbs/02_bands.ipynb #035d46c6
+# %% ../nbs/02_bands.ipynb #05fe3056
 SENSORS["sentinel2_tci"] = Sensor("sentinel2_tci", _bands(
     ("TCI_R", .6646, .031, "red"), ("TCI_G", .5598, .036, "green"), ("TCI_B", .4924, .066, "blue"),
     scale=.3558 / 255) + SENSORS["sentinel2"].select(["B8", "B12"]).bands,
@@ -165,14 +160,14 @@ SENSORS["sentinel2_tci"] = Sensor("sentinel2_tci", _bands(
     source="Sentinel-2 true-colour image, 255 = reflectance .3558 (ESA, level 1C), with B8 and B12 "
            "as reflectance x 10000; the display scale is the documented one nearest to data")
 
-# %% ../nbs/02_bands.ipynb #e4aeffa8
+# %% ../nbs/02_bands.ipynb #f5142d75
 SENSORS["landsat8"] = Sensor("landsat8", _bands(
     ("B1", .4430, .016, "coastal"), ("B2", .4820, .060, "blue"), ("B3", .5614, .0573, "green"),
     ("B4", .6546, .0375, "red"), ("B5", .8647, .0283, "nir08"), ("B6", 1.6089, .0847, "swir16"),
     ("B7", 2.2007, .1867, "swir22"), scale=2.75e-5, offset=-.2), nodata=0, rgb=("B4", "B3", "B2"),
     gsd=30, source="OLI: Barsi et al. 2014 (Remote Sensing 6, 10232); Collection 2 level-2 scale")
 
-# %% ../nbs/02_bands.ipynb #72bc19c2
+# %% ../nbs/02_bands.ipynb #9550d53b
 _ohs_nm = (466, 480, 500, 520, 536, 550, 566, 580, 596, 610, 626, 640, 656, 670, 686, 700,
            716, 730, 746, 760, 776, 790, 806, 820, 836, 850, 866, 880, 896, 910, 926, 940)
 _ohs_common = {480: "blue", 566: "green", 670: "red", 836: "nir"}
@@ -181,7 +176,7 @@ SENSORS["ohs"] = Sensor("ohs", _bands(*((f"b{i}", nm / 1000, .015, _ohs_common.g
     source="WHU-OHS (Li et al. 2022, JAG 113, 103022): centres; widths 15 nm on average; "
            "reflectance x 10000")
 
-# %% ../nbs/02_bands.ipynb #9de2f451
+# %% ../nbs/02_bands.ipynb #5e5c284e
 _air = {c: Band(n, center, .08, c) for n, center, c in
         [("R", .665, "red"), ("G", .56, "green"), ("B", .49, "blue"), ("N", .83, "nir")]}
 _said = "convention, cameras not published; digital numbers as stored"
@@ -190,64 +185,101 @@ for _name, _order in {"aerial_rgb": "red green blue", "aerial_rgbn": "red green 
     _some = tuple(_air[c] for c in _order.split())
     SENSORS[_name] = Sensor(_name, _some, rgb=tuple(b.name for b in _some[:3]), source=_said)
 
-# %% ../nbs/02_bands.ipynb #75e1dc74
+# %% ../nbs/02_bands.ipynb #a90c9a2b
 def plot_bands(
-    sensors: Iterable[Sensor]|None = None, # what to draw, top to bottom; all of `SENSORS` if None
+    sensors: Iterable[Sensor] | None = None, # what to draw, top to bottom; all of `SENSORS` if None
     ax=None, # matplotlib axes, made if None
 ): # the axes
     "Draw the bands of sensors over wavelength, coloured by common name."
     import matplotlib.pyplot as plt
     sensors = list(SENSORS.values() if sensors is None else sensors)
     ax = ax or plt.subplots(figsize=(8, 0.3 * len(sensors) + 1))[1]
+    colours = dict(coastal="indigo", blue="royalblue", green="seagreen", red="crimson", cirrus="skyblue", nir="darkorange",
+                   nir08="orange", nir09="orange", swir16="peru", swir22="saddlebrown")
     for y, sensor in enumerate(sensors):
         for b in sensor.bands:
-            ax.barh(y, b.width, left=b.center - b.width / 2, height=.6, color=_color(b), alpha=.8)
+            colour = colours.get(b.common, "deeppink") if b.common else "silver" # pink: red edge
+            ax.barh(y, b.width, left=b.center - b.width / 2, height=0.6, color=colour, alpha=0.8)
     ax.set(xscale="log", xlabel="wavelength (um)", yticks=range(len(sensors)),
-           yticklabels=[s.name for s in sensors], xticks=(ticks := [.45, .55, .65, .85, 1.6, 2.2]))
+           yticklabels=[s.name for s in sensors], xticks=(ticks := [0.45, 0.55, 0.65, 0.85, 1.6, 2.2]))
     ax.set_xticklabels(ticks)
     ax.xaxis.set_minor_locator(plt.NullLocator())
     ax.invert_yaxis()
     return ax
 
-# %% ../nbs/02_bands.ipynb #4d1b1226
-def _color(band):
-    named = dict(coastal="indigo", blue="royalblue", green="seagreen", red="crimson",
-                 cirrus="skyblue", nir="darkorange", swir16="peru", swir22="saddlebrown")
-    near = "orange" if (band.common or "").startswith("nir") else "deeppink"
-    return named.get(band.common, near) if band.common else "silver"
-
-# %% ../nbs/02_bands.ipynb #0cd7fbc2
+# %% ../nbs/02_bands.ipynb #e76ed46d
 def as_sensor(
-    sensor: str|Sensor, # key of `SENSORS`, or a sensor of your own
+    sensor: str | Sensor, # key of `SENSORS`, or a sensor of your own
 ) -> Sensor: # the sensor
     "Look a sensor up by name."
     if isinstance(sensor, Sensor): return sensor
     if sensor in SENSORS: return SENSORS[sensor]
-    raise KeyError(f"no sensor {sensor!r}; there are {', '.join(SENSORS)}; or give your own "
+    raise KeyError(f"no sensor {sensor!r}. {nearest(sensor, SENSORS)}; or give your own "
                    "Sensor(name, bands=[Band(name, center_um, width_um), ...])")
 
-# %% ../nbs/02_bands.ipynb #7d4f7bbe
+# %% ../nbs/02_bands.ipynb #7c3d2c14
 def match_bands(
     have: Sensor, # the bands of the file, in file order
-    want: Sequence[str]|Sensor, # names or common names, or the bands of another sensor
+    want: Sequence[str] | Sensor, # names or common names, or the bands of another sensor
 ) -> tuple[int, ...]: # for each wanted band its position in `have`
     "Positions in the file of the bands that are wanted."
+    def find(band):
+        whole = isinstance(band, Band)
+        for name in filter(None, (band.common, band.name) if whole else (band,)):
+            try: i = have.index(name)
+            except KeyError: continue
+            other = have.bands[i]
+            if not whole or 2 * abs(band.center - other.center) <= band.width + other.width: return i
     wanted = want.bands if isinstance(want, Sensor) else _names(want)
-    found = tuple(_find(have, w) for w in wanted)
+    found = tuple(map(find, wanted))
     if None not in found: return found
     shown = [_label(w) if isinstance(w, Band) else w for w in wanted]
     missing = [w for w, i in zip(shown, found) if i is None]
     both = [have.names[i] for i in found if i is not None]
     raise ValueError(
-        f"bands do not match: {have.name!r} has [{', '.join(map(_label, have.bands))}], wanted "
-        f"[{', '.join(shown)}], missing [{', '.join(missing)}]; both have {both}: select those for "
-        "model and data alike, or correct the sensor that describes the file")
+        f"bands do not match: {have.name!r} has [{few(map(_label, have.bands), 16)}], wanted [{few(shown, 16)}], missing "
+        f"[{few(missing)}]; both have [{few(both)}]: select those for model and data alike, or correct the sensor that "
+        "describes the file")
 
-# %% ../nbs/02_bands.ipynb #95c115a3
-def _find(have, want):
-    band = isinstance(want, Band)
-    for name in filter(None, (want.common, want.name) if band else (want,)):
-        try: i = have.index(name)
-        except KeyError: continue
-        other = have.bands[i]
-        if not band or 2 * abs(want.center - other.center) <= want.width + other.width: return i
+# %% ../nbs/02_bands.ipynb #6921c97d
+_WORDS = { # what is written, as a pattern -> the first letters of STAC names, and the range in micrometres for bands that have no such name
+    r"coastal(?: aerosol)?(?: blue)?|aerosol|ultra ?blue": ("coastal", 0.40, 0.455),
+    r"(?:red|vegetation red) ?edge(?: ?\d)?|re ?\d": ("rededge", 0.68, 0.79),
+    r"narrow (?:nir|near ?infra ?red)|(?:nir|near ?infra ?red) narrow|nir ?\d": ("nir", 0.75, 1.4),
+    r"n ?ir|v?nir|near ?infra ?red|near ir|infra ?red near": ("nir", 0.75, 1.0),
+    r"(?:swir|short ?wave ?(?:length )?infra ?red) ?1": ("swir16", 1.5, 1.8), r"(?:swir|short ?wave ?(?:length )?infra ?red) ?2": ("swir22", 2.0, 2.4),
+    r"swir|short ?wave ?(?:length )?infra ?red|short ?wave ir": ("swir", 1.4, 2.5), r"infra ?red": (("nir", "swir"), 0.75, 2.5),
+    r"cirrus": ("cirrus", 1.36, 1.39), r"water vapou?r": ("nir09", 0.93, 0.96), r"yellow": ("yellow", 0.58, 0.62),
+    r"blue": ("blue", 0.44, 0.53), r"green": ("green", 0.50, 0.60), r"red": ("red", 0.60, 0.70)} # tried in this order; ranges after STAC eo 1.1, widened
+_UNIT = r"(\d+(?:\.\d+)?)(?: ?[-–] ?(\d+(?:\.\d+)?))? ?(nm|nanomet\w*|um|µm|μm|micromet\w*|microns?)\b"
+
+@patch
+def meant(self: Sensor,
+    text: str | None, # a description of a band, as a file has it
+    wavelength: float | None = None, # um, where the file says so apart from the description
+) -> tuple[int, ...] | None: # positions it can mean; () if it means none of them; None if it says nothing readable
+    "Which bands of this sensor a description speaks of."
+    text = unicodedata.normalize("NFC", text or "").strip().casefold()
+    if text and wavelength is None:
+        try: return (self.index(text),)
+        except KeyError: text = dict(r="red", g="green", b="blue", n="nir").get(text, text)
+    found, nm = [], [wavelength] if wavelength is not None else []
+    for low, high, unit in re.findall(_UNIT, text):
+        nm.append((float(low) + float(high or low)) / 2 / (1000 if unit[0] == "n" else 1))
+    if re.fullmatch(r"\d+\.\d+|\d{3,4}", text): nm.append(float(text) / (1000 if float(text) > 100 else 1)) # a number and nothing else
+    words = re.sub(r"[\W_]+", " ", re.sub(_UNIT, " ", text)).split()
+    joined = {self._key("".join(words[i:i + n])) for n in (1, 2, 3) for i in range(len(words) - n + 1) if not (words[i] in ("band", "channel") and n > 1)}
+    names = [i for i, name in enumerate(self.names) if len(key := re.sub(r"[\W_]+", "", self._key(name))) > 1 and key in joined]
+    if names: found.append(set(names))
+    rest = " ".join(words)
+    for pattern, (common, low, high) in _WORDS.items():
+        rest, times = re.subn(rf"\b(?:{pattern})\b", "|", rest)
+        if not times: continue
+        called = {i for i, b in enumerate(self.bands) if (b.common or "").startswith(common)}
+        called = {i for i in called if self.bands[i].common == common} or called
+        if not called or nm: called |= {i for i, b in enumerate(self.bands) if not b.common and low <= b.center <= high}
+        found.append(called)
+    for value in nm:
+        away = {i: abs(b.center - value) for i, b in enumerate(self.bands) if abs(b.center - value) <= max(b.width / 2, 0.005)}
+        found.append({i for i in away if away[i] <= min(away.values()) + 1e-6})
+    return tuple(sorted(set.intersection(*found))) if found else None

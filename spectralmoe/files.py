@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['replacing', 'write_file', 'write_json', 'read_json', 'building', 'only_one', 'now', 'file_sha256', 'digest',
-           'cache_folder', 'read_csv', 'few', 'nearest']
+           'cache_folder', 'read_text', 'read_csv', 'few', 'nearest']
 
 # %% ../nbs/00_files.ipynb #9329dfe2
 import csv
@@ -106,14 +106,15 @@ def only_one(
     folder: str | Path, # that one process at a time may change; made if absent
     doing: str, # for the message of whoever comes second: "training", "preparing flair"
     remedy: str = "wait until it has finished, or choose another folder", # what the second can do
+    wait: float = 0.0, # seconds to wait for the other before refusing
     name: str = "", # of the lock: one folder can have several, each for a job of its own
 ) -> Iterator[None]:
-    "Keeps other processes out of a folder during the block; refuses at once if one is there."
+    "Keeps other processes out of a folder during the block; refuses if one is there."
     from filelock import FileLock, Timeout
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock, note = FileLock(folder / f".{name}lock"), folder / f".{name}lock.json"
-    try: lock.acquire(blocking=False)
+    try: lock.acquire(timeout=wait)
     except Timeout:
         try: said = read_json(note)
         except (OSError, ValueError): said = {}
@@ -157,15 +158,19 @@ def cache_folder() -> Path: # not made yet
     return Path(given).expanduser() if given else home / "spectralmoe"
 
 # %% ../nbs/00_files.ipynb #2950d91c
+def read_text(
+    path: str | Path, # text file
+) -> str: # UTF-8, UTF-16 with its mark, or else Windows-1252; never an error
+    "Text of a file, whoever wrote it."
+    raw = Path(path).read_bytes()
+    try: return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError: return raw.decode("cp1252", errors="replace")
+
 def read_csv(
     path: str | Path, # text file with a header line
 ) -> list[dict[str, str]]: # a row per line, spaces around headers and values taken off
     "Rows of a csv, whoever wrote it."
-    raw = Path(path).read_bytes()
-    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try: text = raw.decode(encoding)
-    except UnicodeDecodeError: text = raw.decode("cp1252", errors="replace")
-    lines = text.splitlines()
+    lines = read_text(path).splitlines()
     head = lines[0] if lines else ""
     separator = max(",;\t", key=head.count)
     rows = [[v.strip() for v in row] for row in csv.reader(lines, delimiter=separator)]

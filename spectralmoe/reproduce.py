@@ -6,7 +6,7 @@
 __all__ = ['notebooks_folder', 'runs_folder', 'Parameter', 'read_parameters', 'Experiment', 'experiments', 'find_experiment',
            'this_python', 'papermill_log', 'ExperimentFailed', 'reproduce', 'demo']
 
-# %% ../nbs/31_reproduce.ipynb #758e0628
+# %% ../nbs/31_reproduce.ipynb #ba1160da
 import ast
 import json
 import logging
@@ -175,7 +175,7 @@ def papermill_log(
         file.close()
         logger.level, logger.propagate, logger.handlers = before
 
-# %% ../nbs/31_reproduce.ipynb #ad155b78
+# %% ../nbs/31_reproduce.ipynb #9e2d2d21
 class ExperimentFailed(RuntimeError):
     "An experiment did not come to its end; the message names cause and file."
 
@@ -212,7 +212,7 @@ def reproduce(
 def _without_paths(notebook, name):
     nb = json.loads(notebook.read_text(encoding="utf-8"))
     for out in [o for c in nb["cells"] for o in c.get("outputs", []) if o["output_type"] == "stream"]:
-        out["text"] = [re.sub(r"\S*[/\\]site.packages[/\\]", "", line) for line in "".join(out["text"]).splitlines(True)]
+        out["text"] = [re.sub(r"\S*[/\\](site.packages[/\\]|(?=spectralmoe[/\\]\S+[.]py))", "", line) for line in "".join(out["text"]).splitlines(True)]
     notes = nb["metadata"].get("papermill", {})
     if "input_path" in notes: notes |= dict(input_path=Path(notes["input_path"]).name, output_path=name)
     notebook.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

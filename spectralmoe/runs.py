@@ -133,7 +133,7 @@ def choose_profile(
     if rates.get("") is not None: check_setting("lr", rates[""])
     return p
 
-# %% ../nbs/30_runs.ipynb #8b434420
+# %% ../nbs/30_runs.ipynb #32c7f69c
 def load_data(
     profile: str | Profile, # crop, batch and held-out share
     benchmark: str | Benchmark, # key of `BENCHMARKS`, or your own
@@ -143,19 +143,11 @@ def load_data(
 ) -> "DomainDataModule": # checked when training starts
     "Source and targets as every method of a benchmark is given them."
     from spectralmoe.datasets import DomainDataModule
+    from spectralmoe.simulator.tiles import build_tiles
     from spectralmoe.transforms import BandJitter, Compose, FlipRotate
-    p, task = choose_profile(profile), _with_tiles(find_benchmark(benchmark), data)
-    return DomainDataModule(task, data or None, p.batch_size, crop=p.crop, seed=seed, val_fraction=p.val_fraction,
+    p, task = choose_profile(profile), build_tiles(benchmark, data or None)
+    return DomainDataModule(task, None, p.batch_size, crop=p.crop, seed=seed, val_fraction=p.val_fraction,
                             augment=Compose(FlipRotate(), BandJitter()), train_tiles=train_tiles)
-
-def _with_tiles(task, data):
-    "The task with its tiles made where they are absent and can be made."
-    from spectralmoe.simulator import tiles
-    if hasattr(tiles, "build_tiles"): return tiles.build_tiles(task, data or None)
-    if not task.simulated: return task
-    root = data if data and (Path(data) / Path(task.source.images).parts[0]).exists() else None
-    tiles.build(task, root)
-    return tiles.located(task, root)
 
 # %% ../nbs/30_runs.ipynb #7e8e03fe
 def planned(
@@ -190,7 +182,7 @@ def planned(
                   weights={k: weights_hash(k, json.dumps(spec, sort_keys=True)) for k, spec in wanted.items() if spec})
     return RunRecord(experiment, task.name, method, seed, parameters or {}, data=_fingerprints(task, opened), config=config)
 
-# %% ../nbs/30_runs.ipynb #767c6d26
+# %% ../nbs/30_runs.ipynb #65863346
 def _sizes(p, task, train_tiles, opened):
     "Batch size, crop and number of training tiles of a run."
     if opened: return dict(batch_size=opened.batch_size, crop=opened.crop, train_tiles=len(opened.source_train))
@@ -203,8 +195,8 @@ def _sizes(p, task, train_tiles, opened):
 def _fingerprints(task, opened):
     "Labelled domain -> hash of its recipe, of its index, or of its files."
     from spectralmoe.simulator.tiles import fingerprint
-    labelled = [d.name for d in task.domains if d.masks is not None]
-    return {name: fingerprint(task, name) if task.simulated else opened.fingerprints[name] for name in labelled}
+    if not task.simulated: return dict(opened.fingerprints)
+    return {d.name: fingerprint(task, d.name) for d in task.domains if d.masks is not None}
 
 def _matching(data, task, train_tiles):
     "The open data, if they are those of the run."
@@ -225,7 +217,7 @@ def weights_hash(
     fed = ("in_bands", "inflate", "rgb", "extra_share", "train_extra", "wavelengths")
     return getattr(backbones, f"load_{kind}")(**{k: v for k, v in json.loads(spec).items() if k not in fed}).fingerprint()[:12]
 
-# %% ../nbs/30_runs.ipynb #6ef77c58
+# %% ../nbs/30_runs.ipynb #c81c3426
 def run_folder(
     record: RunRecord, # of a training run
     folder: str | Path, # of all runs
@@ -233,7 +225,7 @@ def run_folder(
     "Where a run keeps its weights."
     return record.run_folder(folder)
 
-# %% ../nbs/30_runs.ipynb #0e4c0ab7
+# %% ../nbs/30_runs.ipynb #4d2cc604
 def run_method(
     benchmark: str | Benchmark, # key of `BENCHMARKS`, or your own
     method: str, # key of `METHODS`
@@ -292,7 +284,7 @@ def _write_over(record, folder):
         try: path.write_text(json.dumps({"id": record.id, **plain(record)}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError: path.unlink()
 
-# %% ../nbs/30_runs.ipynb #28a8e494
+# %% ../nbs/30_runs.ipynb #a34cbf9b
 def score_domains(
     model, # a Segmentor
     module: "DomainDataModule", # of its benchmark
@@ -300,11 +292,8 @@ def score_domains(
 ) -> dict[str, dict]: # "source" or target -> as `Scores.to_dict`
     "Scores on source validation and on every target that has labels."
     from spectralmoe.evaluation import evaluate
-    targets, labelled = module.target_dataloaders(), {d.name for d in module.benchmark.domains if d.masks is not None}
-    if without := [name for name in targets if name not in labelled]:
-        warnings.warn(f"{module.benchmark.name}: target {few(without)} has no masks (Domain.masks is None), so it is not scored", stacklevel=2)
-    found = {}
-    for name, loader in {"source": module.val_dataloader(), **{t: targets[t] for t in targets if t in labelled}}.items():
+    targets, found = module.target_dataloaders(), {}
+    for name, loader in {"source": module.val_dataloader(), **{t: targets[t] for t in targets if t in module.labelled}}.items():
         try: found[name] = evaluate(model, loader, module.benchmark.classes, precision).to_dict()
         except (ValueError, OSError) as error: raise type(error)(f"{module.benchmark.name}, domain {name!r} was not scored: {error}") from error
     return found
@@ -384,7 +373,7 @@ def in_turn(
     try: yield from ((i, run_cell(cell, folder, opened)) for i, cell in enumerate(cells))
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/30_runs.ipynb #e59db2bf
+# %% ../nbs/30_runs.ipynb #ef66b03d
 def _worker(pipe, folder, threads, device):
     "A process of a grid: cells in, records out."
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -403,8 +392,9 @@ def in_processes(
 ) -> Iterator[tuple[int, RunRecord | None]]: # position among the cells, and its record
     "Runs cells side by side."
     import multiprocessing.connection
+    from spectralmoe.simulator.tiles import build_tiles
     for task in {t.name: t for c in cells if not c.get("data") for t in [find_benchmark(c["benchmark"])]}.values():
-        with suppress(Exception): _with_tiles(task, None) # what goes wrong with the data is told by each cell
+        with suppress(Exception): build_tiles(task) # what goes wrong with the data is told by each cell
     spawn, todo, busy = multiprocessing.get_context("spawn"), deque(enumerate(cells)), {}
     def new():
         pipe, theirs = spawn.Pipe()

@@ -14,7 +14,8 @@ import torch
 from spectralmoe.bands import SENSORS, Band, Sensor
 from spectralmoe.benchmarks import IGNORE, benchmark
 from spectralmoe.datasets import (DomainDataModule, SegmentationTiles, Statistics, StepBatches, collate,
-                                  first_batch_report, make_tiles, read_image)
+                                  first_batch_report, read_image)
+from spectralmoe.simulator.tiles import make_tiles
 from spectralmoe.transforms import Compose, FlipRotate, RandomCrop
 
 FIVE = ("red", "green", "blue", "nir", "swir22")
@@ -325,18 +326,6 @@ def test_more_steps_than_the_data_have_is_an_error(made):
     data = module(made)
     data.trainer = SimpleNamespace(global_step=0, max_steps=7)
     with pytest.raises(ValueError, match="max_steps=7, the data have steps=6"): data.train_dataloader()
-
-
-def test_made_tiles_are_made_once_and_whole(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPECTRALMOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("spectralmoe.simulator.tiles.make_tiles.__defaults__", (4, 32, 0))
-    one, other = (DomainDataModule("made_tiles", crop=32) for _ in range(2))
-    assert one.source.fingerprint() == other.source.fingerprint()
-    assert [p.parent.parent for p in tmp_path.rglob("made_tiles")] == [tmp_path / "cache"]
-    assert not list(tmp_path.rglob(".making-*"))
-    before = one.source.fingerprint()
-    write(one.source.files[0].mask, np.full((1, 32, 32), 3, "uint8"))
-    assert one.source.fingerprint() != before
 
 
 def test_importing_needs_no_rasterio():

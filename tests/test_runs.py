@@ -21,8 +21,8 @@ REPORTS = Path(__file__).resolve().parent.parent / "reports"
 def recorded():
     "Records under reports/ whose data the package can make again: simulated tasks and made tiles."
     for path, record in read_records(REPORTS).items():
-        if record.experiment != "efficiency" and record.data and all(f.startswith("recipe ") for f in record.data.values()): yield path, record
-        elif record.benchmark == "made_tiles": yield path, record
+        made = record.data and all(f.startswith("recipe ") for f in record.data.values()) or record.benchmark == "made_tiles"
+        if made and "profile" in record.config: yield path, record # a training run, no measurement
 
 
 def task_of(record):

@@ -259,7 +259,7 @@ WHU_OHS = Recipe("whu_ohs", "real_whu_ohs", "http://irsip.whu.edu.cn/resources/W
 def ohs_spectra(
 ) -> np.ndarray:  # (25, 32) reflectance of each mask value in each band; 0 is the mean of the others
     "What the classes of the small copy look like."
-    from spectralmoe.simulator.ground import SOILS, SWATCHES, band_responses, canopy, soil_spectrum, swatches, water_spectrum
+    from spectralmoe.simulator.spectra import SOILS, SWATCHES, band_responses, canopy, soil_spectrum, swatches, water_spectrum
     def leaves(kind, chlorophyll, area, ground):
         black, share = canopy(kind, chlorophyll, area)
         return black + share * ground

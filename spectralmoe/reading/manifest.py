@@ -79,6 +79,7 @@ def verify_folder(
     checksums: bool = True, # read every file; False: only look which are there
     workers: int = 0, # threads; 0: one per core
     progress: bool | None = None, # show a bar; None: in a terminal only
+    remedy: str = "Delete the folder and make it again", # what to do where something differs
 ) -> int: # files looked at
     "Every file against index and manifest; raises if one differs, is missing or is too much."
     from rich.progress import track
@@ -96,7 +97,7 @@ def verify_folder(
     if not wrong:
         there = {p for d in names for kind in ("images", "masks") for p in (folder / d / kind).iterdir()}
         wrong = [f"{p.relative_to(folder)} is not in the index" for p in sorted(there - set(files))]
-    if wrong: raise ValueError(f"{folder}: {len(wrong)} files are not as the manifest says: {few(wrong)}. Delete the folder and make it again")
+    if wrong: raise ValueError(f"{folder}: {len(wrong)} files are not as the manifest says: {few(wrong)}. {remedy}")
     return len(files)
 
 def _sha256(path): return file_sha256(path) if path.is_file() else None
