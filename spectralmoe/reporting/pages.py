@@ -22,17 +22,23 @@ from ..files import write_file
 from .records import Html, RunRecord, html_table, read_records
 from .tables import ROWS, Cell, difference_table, results_table, row_of
 
-# %% ../../nbs/reporting/03_pages.ipynb #e6bd07ad
-STYLE = """*{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
-body{font:16px/1.55 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:62rem;margin:0 auto;padding:1.5rem 1rem 4rem;overflow-wrap:anywhere}
-h1{font-size:1.7rem;line-height:1.25;margin:0 0 .5rem}h2{font-size:1.3rem;margin:3rem 0 .5rem;padding-top:.75rem;border-top:1px solid #ddd}
-h3{font-size:1.05rem;margin:1.75rem 0 .4rem}p{margin:.5rem 0;max-width:46rem}a{color:#0b57d0}
-nav ul{columns:16rem;padding-left:1.2rem;margin:.25rem 0}code{font-size:.92em;background:#f4f4f4;padding:.05em .25em;border-radius:3px}
-.box{overflow-x:auto;margin:.5rem 0 1rem}table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{padding:.3rem .8rem .3rem 0;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top;white-space:nowrap}
-th{border-bottom:2px solid #999;white-space:normal;min-width:5rem}tr.reference td{color:#666;font-style:italic}
-figure{margin:1rem 0}figcaption,.note,small{color:#595959;font-size:.88rem}img,svg{max-width:100%;height:auto}
-th:first-child,td:first-child{position:sticky;left:0;background:#fff}.wide img{max-width:none;width:max(100%,42rem)}details{margin:.5rem 0}td details{margin:0}summary{cursor:pointer;color:#0b57d0}"""
+# %% ../../nbs/reporting/03_pages.ipynb #1c939991
+STYLE = """
+*{box-sizing:border-box} html{-webkit-text-size-adjust:100%}
+body{font:16px/1.55 system-ui,sans-serif;color:#1a1a1a;background:#fff;overflow-wrap:anywhere;
+ max-width:62rem;margin:0 auto;padding:1.5rem 1rem 4rem}
+h1{font-size:1.7rem;line-height:1.25;margin:0 0 0.5rem} h3{font-size:1.05rem;margin:1.75rem 0 0.4rem}
+h2{font-size:1.3rem;margin:3rem 0 0.5rem;padding-top:0.75rem;border-top:1px solid #ddd}
+p{margin:0.5rem 0;max-width:46rem} a{color:#0b57d0} nav ul{columns:16rem;padding-left:1.2rem;margin:0.25rem 0}
+code{font-size:0.92em;background:#f4f4f4;padding:0.05em 0.25em;border-radius:3px}
+.box{overflow-x:auto;margin:0.5rem 0 1rem} .wide img{max-width:none;width:max(100%,42rem)}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+th,td{padding:0.3rem 0.8rem 0.3rem 0;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top;white-space:nowrap}
+th{border-bottom:2px solid #999;white-space:normal;min-width:5rem} tr.reference td{color:#666;font-style:italic}
+th:first-child,td:first-child{position:sticky;left:0;background:#fff}
+figure{margin:1rem 0} img,svg{max-width:100%;height:auto} figcaption,.note,small{color:#595959;font-size:0.88rem}
+details{margin:0.5rem 0} td details{margin:0} summary{cursor:pointer;color:#0b57d0}
+"""
 
 def page_frame(
     title: str, # of the window and the first heading
@@ -42,10 +48,11 @@ def page_frame(
     "A page with its contents at the top."
     contents = "".join(f'<li><a href="#{_anchor(n)}">{html.escape(n)}</a></li>' for n in sections)
     body = "\n".join(f'<h2 id="{_anchor(n)}">{html.escape(n)}</h2>\n{text}' for n, text in sections.items())
+    title = html.escape(title)
     return "\n".join(['<!doctype html>', '<html lang="en"><head><meta charset="utf-8">',
                       '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                      f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-                      f"<h1>{html.escape(title)}</h1>", *lead, f"<nav><h3>Contents</h3><ul>{contents}</ul></nav>", body, "</body></html>\n"])
+                      f"<title>{title}</title><style>{STYLE}</style></head><body>", f"<h1>{title}</h1>", *lead,
+                      f"<nav><h3>Contents</h3><ul>{contents}</ul></nav>", body, "</body></html>\n"])
 
 def heading_of(
     task: str, # name of a benchmark
@@ -55,7 +62,7 @@ def heading_of(
 
 def _anchor(heading): return re.sub(r"[\W_]+", "-", heading.lower()).strip("-")
 
-# %% ../../nbs/reporting/03_pages.ipynb #93992682
+# %% ../../nbs/reporting/03_pages.ipynb #269a06f4
 def picture(
     path: Path, # a .png
     folder: Path, # of the page
@@ -69,9 +76,8 @@ def picture(
             f"<figcaption>{said}</figcaption></figure>")
 
 def _url(path, start): return quote(Path(os.path.relpath(path, start)).as_posix())
-def _words(text): return html.escape(text.replace("_", " "))
 
-# %% ../../nbs/reporting/03_pages.ipynb #32d374dd
+# %% ../../nbs/reporting/03_pages.ipynb #53a62b69
 def forest_plot(
     gaps: Mapping[str, Cell], # method -> difference, in percentage points
     base: str, # what they are compared with
@@ -81,25 +87,23 @@ def forest_plot(
     if not shown: return ""
     half = {m: 0 if math.isnan(c.half_width) else c.half_width for m, c in shown.items()}
     reach = max(1, *(abs(c.mean) + half[m] for m, c in shown.items())) * 1.08
-    x = lambda value: 235 + 135 * value / reach
-    height, rows = 40 + 24 * len(shown), []
+    height, x = 40 + 24 * len(shown), lambda value: f"{235 + 135 * value / reach:.1f}"
+    step = 10 ** math.floor(math.log10(reach))
+    step *= next((k for k in (5, 2, 1) if k * step <= 0.95 * reach), 1)
+    def line(x1, x2, y1, y2, style): return f'<line x1="{x1}" x2="{x2}" y1="{y1}" y2="{y2}" {style}/>'
+    def text(at, y, words, anchor="middle"): return f'<text x="{at}" y="{y}" text-anchor="{anchor}">{html.escape(words)}</text>'
+    marks = [line(x(v), x(v), 4, height - 30, f'stroke="#bbb" stroke-dasharray="{3 if v else 0}"')
+             + text(x(v), height - 17, f"{v:+g}" if v else "0") for v in (-step, 0, step)]
     for i, (m, c) in enumerate(shown.items()):
         y, fill = 18 + 24 * i, "#0b57d0" if c.significant else "#777"
-        rows += [f'<text x="92" y="{y + 4}" text-anchor="end">{html.escape(m)}</text>',
-                 f'<line x1="{x(c.mean - half[m]):.1f}" x2="{x(c.mean + half[m]):.1f}" y1="{y}" y2="{y}" stroke="{fill}" stroke-width="2"/>',
-                 f'<circle cx="{x(c.mean):.1f}" cy="{y}" r="4" fill="{fill}"/>']
-    tick = 10 ** math.floor(math.log10(reach))
-    tick *= next((k for k in (5, 2, 1) if k * tick <= reach * 0.95), 1)
-    for value in (-tick, 0, tick):
-        rows += [f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="4" y2="{height - 30}" stroke="#bbb" stroke-dasharray="{3 if value else 0}"/>',
-                 f'<text x="{x(value):.1f}" y="{height - 17}" text-anchor="middle">{value:+g}</text>' if value else
-                 f'<text x="{x(0):.1f}" y="{height - 17}" text-anchor="middle">0</text>']
+        marks += [text(92, y + 4, m, "end"), f'<circle cx="{x(c.mean)}" cy="{y}" r="4" fill="{fill}"/>',
+                  line(x(c.mean - half[m]), x(c.mean + half[m]), y, y, f'stroke="{fill}" stroke-width="2"')]
     said = "; ".join(f"{m} {c}" + ", significant" * c.significant for m, c in shown.items())
-    return (f'<svg viewBox="0 0 380 {height}" width="500" role="img" aria-label="mIoU minus {base}: {html.escape(said, quote=True)}" '
-            f'style="font:12px system-ui,sans-serif">{"".join(rows)}'
-            f'<text x="{x(0):.1f}" y="{height - 2}" text-anchor="middle" fill="#595959">mIoU minus {html.escape(base)}, points</text></svg>')
+    label = html.escape(f"mIoU minus {base}: {said}", quote=True)
+    return (f'<svg viewBox="0 0 380 {height}" width="500" role="img" aria-label="{label}" style="font:12px system-ui,sans-serif">'
+            f'{"".join(marks)}{text(x(0), height - 2, f"mIoU minus {base}, points")}</svg>')
 
-# %% ../../nbs/reporting/03_pages.ipynb #7a093433
+# %% ../../nbs/reporting/03_pages.ipynb #97e8c8ce
 def task_table(
     records: Mapping[Path, RunRecord], # of one task and its oracles, one setting
     folder: Path, # of the page
@@ -108,43 +112,44 @@ def task_table(
     "Scores, differences and records of every method of a task."
     table, gaps = results_table(records), difference_table(records, base)
     last = table.columns[-1]
-    best = {c: max((cell.mean for m, cell in table[c].items() if cell.seeds and m != "oracle"), default=None) for c in table}
+    def best(column): return max((c.mean for m, c in table[column].items() if c.seeds and m != "oracle"), default=None)
+    highest = {c: best(c) for c in table}
     def score(method, column):
         cell = table.loc[method, column]
-        text = cell.text().rpartition(" (")[0] if cell.seeds else cell.status
-        return Html(f"<b>{text}</b>") if cell.seeds and cell.mean == best[column] and method != "oracle" else text
+        return Html(f"<b>{_short(cell)}</b>") if cell.seeds and method != "oracle" and cell.mean == highest[column] else _short(cell)
     def gap(method):
-        if method not in gaps.index: return ""
-        cell = gaps.loc[method, last]
-        text = cell.text().rpartition(" (")[0] if cell.seeds else cell.status
-        return Html(f"<b>{text}</b> <small>significant</small>") if cell.significant else text
+        cell = gaps.loc[method, last] if method in gaps.index else None
+        if cell is None: return ""
+        return Html(f"<b>{_short(cell)}</b> <small>significant</small>") if cell.significant else _short(cell)
     def links(method):
         own = {p: r for p, r in records.items() if row_of(r)[1] == method}
-        one = lambda p, r: f'<a href="{_url(p, folder)}">seed {r.seed}{" " + html.escape(row_of(r)[2]) if row_of(r)[2] else ""}</a>'
-        seeds = len({r.seed for r in own.values()})
-        return Html(f"<details><summary>{seeds} seed{'s' * (seeds != 1)}</summary>{'<br>'.join(one(p, r) for p, r in own.items())}</details>")
+        names = {p: f"seed {r.seed} {row_of(r)[2]}".rstrip() for p, r in own.items()}
+        listed = "<br>".join(f'<a href="{_url(p, folder)}">{html.escape(name)}</a>' for p, name in names.items())
+        return Html(f"<details><summary>{_count(len({r.seed for r in own.values()}), 'seed')}</summary>{listed}</details>")
     rows = [[m, *(score(m, c) for c in table), *([gap(m)] if len(gaps) else []), links(m)] for m in table.index]
-    head = ["mIoU (%)", *(c.replace("_", " ") for c in table), *([f"minus {base}, on {last.replace('_', ' ')}"] if len(gaps) else []), "records"]
-    text = html_table(head, rows).replace("<tr><td>oracle", '<tr class="reference"><td>oracle')
-    return f'<div class="box">{text}</div>'
+    columns = [c.replace("_", " ") for c in table]
+    head = ["mIoU (%)", *columns, *([f"minus {base}, on {columns[-1]}"] if len(gaps) else []), "records"]
+    return f'<div class="box">{html_table(head, rows)}</div>'.replace("<tr><td>oracle", '<tr class="reference"><td>oracle')
 
-# %% ../../nbs/reporting/03_pages.ipynb #a004260d
+def _short(cell): return cell.text().rpartition(" (")[0] if cell.seeds else cell.status
+def _count(n, noun): return f"{n} {noun}{'s' * (n != 1)}"
+
+# %% ../../nbs/reporting/03_pages.ipynb #cd239023
 def task_sentence(
     records: Mapping[Path, RunRecord], # of one task and its oracles
 ) -> str: # plain text
     "What was run, in numbers."
     own = [r for r in records.values() if not row_of(r)[2]] or list(records.values())
-    r, seeds = own[0], sorted({r.seed for r in own})
-    methods = len({row_of(x)[1] for x in records.values()} - {None})
-    c = {**r.config, "title": r.config.get("profile", {}).get("title", "")}
-    parts = [f"{methods} method{'s' * (methods != 1)}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"]
-    if c.get("train_tiles"): parts.append(f"{c['train_tiles']} source tiles for training")
-    if c.get("steps"): parts.append(f"{c['steps']} steps" + (f" of {c['batch_size']} crops of {c['crop']} px" if c.get("crop") else ""))
-    failed = [x for x in records.values() if x.status != "done"]
-    return "; ".join(parts) + (f" ({c['title']})" if c["title"] else "") + "." + (
-        f" {len(failed)} run{'s' * (len(failed) != 1)} did not finish." if failed else "")
+    config, methods = own[0].config, {row_of(r)[1] for r in records.values()} - {None}
+    parts = [f"{_count(len(methods), 'method')}, {_count(len({r.seed for r in own}), 'seed')}"]
+    if config.get("train_tiles"): parts.append(f"{config['train_tiles']} source tiles for training")
+    if config.get("steps"): parts.append(f"{config['steps']} steps")
+    if config.get("crop"): parts[-1] += f" of {config['batch_size']} crops of {config['crop']} px"
+    title = config.get("profile", {}).get("title", "")
+    failed = sum(r.status != "done" for r in records.values())
+    return "; ".join(parts) + f" ({title})" * bool(title) + "." + f" {_count(failed, 'run')} did not finish." * bool(failed)
 
-# %% ../../nbs/reporting/03_pages.ipynb #c474ab2a
+# %% ../../nbs/reporting/03_pages.ipynb #b8349210
 def task_section(
     task: str, # name of the benchmark
     records: Mapping[Path, RunRecord], # of the task and its oracles, one setting; {}: not run
@@ -156,21 +161,23 @@ def task_section(
     base = "frozen" if "frozen" in methods else next(m for m in (*ROWS, *methods) if m in methods)
     gaps = difference_table(records, base)
     plot = forest_plot(gaps.iloc[:, -1].to_dict() if len(gaps) else {}, base)
-    targets = list(dict.fromkeys(d for r in records.values() for d in r.metrics))
-    def caption(path):
-        what, _, domain = path.stem[len(task) + 1:].partition("-")
-        tile = re.fullmatch(r"(.+)-(\d+)", domain)
-        if what == "predictions": return f"Predictions on {domain.replace('_', ' ')}: image, label and the map of every method."
-        if domain.startswith("by-"): return f"Routing of {what}: of the tokens of each {domain[3:]}, the share that each expert took."
-        if tile and tile[1] in targets: return f"Routing of {what} on {tile[1].replace('_', ' ')}: image, label, prediction, winning expert and entropy of the gate."
-        return path.stem.replace("_", " ").replace("-", ", ")
+    caption = (f"Difference to <code>{html.escape(base)}</code>, same seeds, with its 95 % interval; blue where it is significant, "
+               "that is, where the interval excludes zero.")
     figures = [p for e in ("benchmark", "routing") for p in sorted(folder.glob(f"{e}/figures/{task}-*.png"))]
-    shown = "".join(picture(p, folder, caption(p)) for p in figures)
-    return "\n".join([f"<p><code>{html.escape(task)}</code>: {html.escape(task_sentence(records))}</p>", task_table(records, folder, base),
-                      f"<figure>{plot}<figcaption>Difference to <code>{html.escape(base)}</code>, same seeds, with its 95 % interval; blue where it "
-                      "is significant, that is, where the interval excludes zero.</figcaption></figure>" if plot else "", shown])
+    return "\n".join([f"<p><code>{html.escape(task)}</code>: {html.escape(task_sentence(records))}</p>",
+                      task_table(records, folder, base), f"<figure>{plot}<figcaption>{caption}</figcaption></figure>" if plot else "",
+                      *(picture(p, folder, _caption(p.stem[len(task) + 1:])) for p in figures)])
 
-# %% ../../nbs/reporting/03_pages.ipynb #afa0fe7c
+def _caption(name):
+    "What a figure of a task shows, from its name: predictions-domain, method-by-class, method-domain-tile."
+    what, _, of = name.replace("_", " ").partition("-")
+    domain, _, tile = of.rpartition("-")
+    if what == "predictions": return f"Predictions on {of}: image, label and the map of every method."
+    if of.startswith("by-"): return f"Routing of {what}: of the tokens of each {of[3:]}, the share that each expert took."
+    if tile.isdigit(): return f"Routing of {what} on {domain}: image, label, prediction, winning expert and entropy of the gate."
+    return name.replace("_", " ").replace("-", ", ")
+
+# %% ../../nbs/reporting/03_pages.ipynb #2504a829
 def glance(
     tasks: Mapping[str, Mapping[Path, RunRecord]], # task -> its records
     targets: Mapping[str, Sequence[str]] | None = None, # task -> its targets; default: those scored
@@ -178,17 +185,17 @@ def glance(
     "Target scores of every method on every task, and where a method is significantly better."
     if len(tasks) < 2: return ""
     tables = {t: results_table(r).iloc[:, -1] for t, r in tasks.items() if r}
-    methods = [m for m in dict.fromkeys((*ROWS, *(m for t in tables.values() for m in t.index))) if any(m in t.index for t in tables.values())]
+    there = [m for t in tables.values() for m in t.index]
+    methods = [m for m in dict.fromkeys((*ROWS, *there)) if m in there]
     def cell(task, method):
         found = tables[task].get(method, Cell()) if task in tables else Cell()
-        if not found.seeds: return found.status
-        best = max(c.mean for m, c in tables[task].items() if c.seeds and m != "oracle") if method != "oracle" else None
-        text = found.text().rpartition(" (")[0]
-        return Html(f"<b>{text}</b>") if found.mean == best else text
-    link = lambda t: Html(f'<a href="#{_anchor(heading_of(t))}">{_words(t)}</a>')
+        if not found.seeds or method == "oracle": return _short(found)
+        best = max(c.mean for m, c in tables[task].items() if c.seeds and m != "oracle")
+        return Html(f"<b>{_short(found)}</b>") if found.mean == best else _short(found)
+    def link(task): return Html(f'<a href="#{_anchor(heading_of(task))}">{html.escape(task.replace("_", " "))}</a>')
     rows = [[link(t), *(cell(t, m) for m in methods)] for t in tasks]
-    return (f'<p>mIoU in percent on the targets, which no method was trained on; best in bold, the oracle (trained on scenes like the target\'s) aside.</p>'
-            f'<div class="box">{html_table(["task", *methods], rows)}</div>{_verdicts(tasks, methods)}')
+    return ("<p>mIoU in percent on the targets, which no method was trained on; best in bold. The oracle, which was trained on scenes "
+            f'like the target\'s, is left out of that.</p><div class="box">{html_table(["task", *methods], rows)}</div>{_verdicts(tasks, methods)}')
 
 def _verdicts(tasks, methods):
     "A sentence for each pair of methods that a reader asks about."
@@ -198,21 +205,23 @@ def _verdicts(tasks, methods):
         gaps = [difference_table(r, b).iloc[:, -1].get(a, Cell()) for r in tasks.values() if r]
         known = [g for g in gaps if g.seeds > 1]
         better, worse = (sum(g.significant and sign * g.mean > 0 for g in known) for sign in (1, -1))
-        lines.append(f"<li><code>{a}</code> is significantly better than <code>{b}</code> on {better} of {len(known)} tasks, significantly "
-                     f"worse on {worse}; on {len(known) - better - worse} the two do not differ significantly.</li>")
+        lines.append(f"<li><code>{a}</code> is significantly better than <code>{b}</code> on {better} of {len(known)} tasks, "
+                     f"significantly worse on {worse}; on {len(known) - better - worse} the two do not differ significantly.</li>")
     return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
-# %% ../../nbs/reporting/03_pages.ipynb #d90f7e4c
+# %% ../../nbs/reporting/03_pages.ipynb #d6acddcb
 def method_list(
     tasks: Mapping[str, Mapping[Path, RunRecord]], # task -> its records
 ) -> str: # HTML; "" where nothing was run
     "What the methods of the tables are."
     from spectralmoe.segmentor import METHODS
-    said = {name: m.title for name, m in METHODS.items()} | {"oracle": "frozen backbone + head, trained on other scenes of the target's kind"}
+    oracle = "frozen backbone + head, trained on other scenes of the target's kind"
+    said = {name: m.title for name, m in METHODS.items()} | {"oracle": oracle}
     there = {row_of(r)[1] for records in tasks.values() for r in records.values()}
-    return "".join(f"<li><code>{m}</code>: {html.escape(said[m])}</li>" for m in said if m in there).join(["<ul>", "</ul>"]) if there else ""
+    items = "".join(f"<li><code>{m}</code>: {html.escape(said[m])}</li>" for m in said if m in there)
+    return f"<ul>{items}</ul>" if items else ""
 
-# %% ../../nbs/reporting/03_pages.ipynb #3660dc0b
+# %% ../../nbs/reporting/03_pages.ipynb #d6b817d3
 def expert_shares(
     tasks: Mapping[str, Mapping[Path, RunRecord]], # task -> its records
 ) -> str: # HTML; "" where no run has experts
@@ -228,35 +237,41 @@ def expert_shares(
         if not values: return "not run"
         share = sum(values) / len(values)
         return f"{share:.2f}" if share >= 0.005 else "< 0.01"
-    rows = [[t.replace("_", " "), *(mean(found.get((t, m), [])) for m in methods)] for t in tasks if any(k[0] == t for k in found)]
-    return ("<p>Norm of what the experts add to a token, in percent of the token's norm, mean over layers and seeds. Where it is a few "
-            "tenths of a percent or less, hardly anything was added, and the differences between methods say next to nothing about experts.</p>"
+    known = [t for t in tasks if any(task == t for task, _ in found)]
+    rows = [[t.replace("_", " "), *(mean(found.get((t, m), [])) for m in methods)] for t in known]
+    return ("<p>Norm of what the experts add to a token, in percent of the token's norm, mean over layers and seeds. Where it "
+            "is a few tenths of a percent or less, hardly anything was added, and the differences between methods say next to "
+            "nothing about experts.</p>"
             f'<div class="box">{html_table(["added norm (%)", *methods], rows)}</div>')
 
-# %% ../../nbs/reporting/03_pages.ipynb #7a1fb9b7
+# %% ../../nbs/reporting/03_pages.ipynb #7da9c1ce
 def experiment_section(
     name: str, # of the experiment, whose folder lies below `folder`
     folder: Path, # of the page
     skip: Sequence[str] = (), # beginnings of the names of tables and figures that are shown elsewhere
 ) -> str: # HTML; "" where it left neither tables nor figures
     "Sentence, tables and figures of an experiment."
-    import pandas as pd
-    def shown(suffix): return [p for p in sorted(folder.glob(f"{name}/*/*.{suffix}")) if not p.name.startswith((*skip, "."))]
-    def table(path):
-        data = pd.read_csv(path)
-        if data.columns[-1] == "files":
-            cell = lambda r: Cell(r.mean, r.half_width, r.seeds, r.status).text() if r.seeds else r.status
-            rows = [[m, *map(cell, t.itertuples())] for m, t in data.groupby("method", sort=False)]
-            text = html_table([data.metric[0], *data.domain.unique()], rows)
-        else: rows, text = data, html_table(data.columns, data.round(3).fillna("").to_numpy())
-        title, text = html.escape(named(path.stem)), f'<div class="box">{text}</div>'
-        return f"<details><summary>{title}, {len(rows)} rows</summary>{text}</details>" if len(rows) > 12 else f"<h3>{title}</h3>{text}"
+    def shown(suffix):
+        return [p for p in sorted(folder.glob(f"{name}/*/*.{suffix}")) if not p.name.startswith((*skip, "."))]
     def named(stem): # task: what
         task, _, what = stem.partition("-")
         return f"{heading_of(task)}: {what}" if task in BENCHMARKS else stem.replace("-", " ").replace("_", " ")
+    def table(path):
+        n, text = _csv_table(path)
+        title, text = html.escape(named(path.stem)), f'<div class="box">{text}</div>'
+        return f"<details><summary>{title}, {n} rows</summary>{text}</details>" if n > 12 else f"<h3>{title}</h3>{text}"
     parts = [picture(p, folder, named(p.stem)) for p in shown("png")] + [table(p) for p in shown("csv")]
-    sentence = next((said for p in sorted(folder.glob(f"{name}/*.ipynb")) if (said := _subtitle(p))), "")
-    return f"{sentence}{''.join(parts)}" if parts else ""
+    said = next((said for p in sorted(folder.glob(f"{name}/*.ipynb")) if (said := _subtitle(p))), "")
+    return said + "".join(parts) if parts else ""
+
+def _csv_table(path):
+    "Number of rows, and HTML."
+    import pandas as pd
+    data = pd.read_csv(path)
+    if data.columns[-1] != "files": return len(data), html_table(data.columns, data.round(3).fillna("").to_numpy())
+    def cell(r): return Cell(r.mean, r.half_width, r.seeds, r.status).text() if r.seeds else r.status
+    rows = [[m, *map(cell, t.itertuples())] for m, t in data.groupby("method", sort=False)]
+    return len(rows), html_table([data.metric[0], *data.domain.unique()], rows)
 
 def _subtitle(notebook):
     "The first cell without its heading."
@@ -266,7 +281,7 @@ def _subtitle(notebook):
     code = lambda text: re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
     return "".join(f"<p>{code(p)}</p>" for p in paragraphs if p)
 
-# %% ../../nbs/reporting/03_pages.ipynb #ce736fae
+# %% ../../nbs/reporting/03_pages.ipynb #615e3d2b
 MINI = """<b>Simulated.</b> The images of these tasks were made by a simulator, and <code>mini_vfm</code> and
 <code>mini_dfm</code> were pretrained on simulated scenes alone. Such numbers compare methods under a shift that is
 known exactly; they are never to be put beside those of the paper, which are of real images and far larger models."""
@@ -282,17 +297,19 @@ def index_page(
     "A static page with the results below a folder."
     folder, records = Path(folder), read_records(folder)
     found = {t: {} for t in tasks} | tasks_of(records)
-    simulated = [t for t in found if t in BENCHMARKS and BENCHMARKS[t].world == "mini"]
-    simulated = simulated or any(r.benchmark == "shift_lab" or '"mini_' in json.dumps(r.config) for r in records.values())
-    sections = {"At a glance": glance(found), "Methods": method_list(found), **{heading_of(t): task_section(t, r, folder) for t, r in found.items()},
-                "What the experts add": expert_shares(found)}
-    left = sorted({p.parts[len(folder.parts)] for p in folder.glob("*/*/*")} - {"benchmark", "routing", "overview"},
-                  key=lambda e: list(EXPERIMENTS).index(e) if e in EXPERIMENTS else len(EXPERIMENTS))
-    skip = {"validity": [f"{t}-miou" for t in found]}
-    sections |= {EXPERIMENTS.get(e, e.replace("_", " ")): experiment_section(e, folder, skip.get(e, ())) for e in left}
-    sections["Records and notebooks"] = _sources(records, folder)
-    lead = [f"<p>{MINI}</p>" if simulated else "", *(f"<p>{html.escape(n)}</p>" for n in notes),
-            "<p class=note>A number is a mean over seeds ± the half width of its 95 % interval (Student t). Every row leads to its records.</p>"]
+    world = {row_of(r)[0] for r in records.values()} | set(found)
+    simulated = any(t == "shift_lab" or t in BENCHMARKS and BENCHMARKS[t].world == "mini" for t in world)
+    simulated = simulated or any('"mini_' in json.dumps(r.config) for r in records.values())
+    left = {p.relative_to(folder).parts[0] for p in folder.glob("*/*/*")} - {"benchmark", "routing", "overview"}
+    order = lambda e: (list(EXPERIMENTS).index(e) if e in EXPERIMENTS else len(EXPERIMENTS), e)
+    skip = {"validity": [f"{t}-miou" for t in found]} # scores that stand in the tables of the tasks
+    sections = {"At a glance": glance(found), "Methods": method_list(found),
+                **{heading_of(t): task_section(t, r, folder) for t, r in found.items()},
+                "What the experts add": expert_shares(found),
+                **{EXPERIMENTS.get(e, e.replace("_", " ")): experiment_section(e, folder, skip.get(e, ())) for e in sorted(left, key=order)},
+                "Records and notebooks": _sources(records, folder)}
+    note = "A number is a mean over seeds ± the half width of its 95 % interval (Student t). Every row leads to its records."
+    lead = [f"<p>{MINI}</p>" if simulated else "", *(f"<p>{html.escape(n)}</p>" for n in notes), f"<p class=note>{note}</p>"]
     return write_file(folder / "index.html", page_frame(title, lead, {n: s for n, s in sections.items() if s}))
 
 def tasks_of(
@@ -308,11 +325,13 @@ def tasks_of(
 
 def _sources(records, folder):
     "Every file that a number or a picture comes from."
-    link = lambda p, text: Html(f'<a href="{_url(p, folder)}">{html.escape(text)}</a>')
-    notebooks = [p for p in sorted(folder.rglob("*.ipynb")) if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    def link(path, text): return Html(f'<a href="{_url(path, folder)}">{html.escape(text)}</a>')
+    def hidden(path): return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    notebooks = [p for p in sorted(folder.rglob("*.ipynb")) if not hidden(p)]
     items = "".join(f"<li>{link(p, p.relative_to(folder).with_suffix('').as_posix())}</li>" for p in notebooks)
-    rows = [[link(p, f"{r.benchmark}, {r.method}, seed {r.seed}"), r.status, r.seconds and f"{r.seconds:.0f} s", r.device, (r.code["commit"] or "")[:10]]
-            for p, r in records.items()]
+    rows = [[link(p, f"{r.benchmark}, {r.method}, seed {r.seed}"), r.status, r.seconds and f"{r.seconds:.0f} s", r.device,
+             (r.code["commit"] or "")[:10]] for p, r in records.items()]
     table = html_table(["record", "status", "time", "device", "commit"], rows)
-    return (f"<p>Executed notebooks, with classes, pictures and the code that made them:</p><ul>{items}</ul>" if notebooks else "") + (
-        f'<details><summary>All {len(rows)} records</summary><div class="box">{table}</div></details>' if rows else "<p>No records.</p>")
+    said = f"<p>Executed notebooks, with classes, pictures and the code that made them:</p><ul>{items}</ul>" if items else ""
+    folded = f'<details><summary>All {len(rows)} records</summary><div class="box">{table}</div></details>'
+    return said + (folded if rows else "<p>No records.</p>")

@@ -39,7 +39,7 @@ class Plan:
     notes: tuple[str, ...] = () # paragraphs: how the numbers are to be read
     tasks: tuple[str, ...] = () # benchmarks with a section of their own, also if they were not run
 
-# %% ../../nbs/reporting/05_plans.ipynb #a160aa64
+# %% ../../nbs/reporting/05_plans.ipynb #d34343e9
 def read_plan(
     path: str | Path, # <report>.json
 ) -> Plan: # its parameters are those of the experiments
@@ -48,7 +48,8 @@ def read_plan(
     known = {"title", "says", "pages", "notes", "tasks"}
     for key in values:
         if key not in known: raise ValueError(f"{path}: key {key!r} is not known. {nearest(key, sorted(known))}")
-    if missing := [k for k in ("title", "says", "pages") if k not in values]: raise ValueError(f"{path}: {few(missing)} missing")
+    if missing := [k for k in ("title", "says", "pages") if k not in values]:
+        raise ValueError(f"{path}: {few(missing)} missing; a plan has at least title, says and pages")
     def page(entry):
         try: found = Page(**entry)
         except TypeError as error: raise ValueError(f"{path}, page {entry.get('page')}: {error}") from None
@@ -59,9 +60,10 @@ def read_plan(
     pages = tuple(map(page, values["pages"]))
     twice = sorted({p.page for p in pages if [q.page for q in pages].count(p.page) > 1})
     if twice: raise ValueError(f"{path}: page {few(twice)} is there twice")
-    return Plan(path.stem, values["title"], values["says"], pages, tuple(values.get("notes", ())), tuple(values.get("tasks", ())))
+    notes, tasks = (tuple(values.get(key, ())) for key in ("notes", "tasks"))
+    return Plan(path.stem, values["title"], values["says"], pages, notes, tasks)
 
-# %% ../../nbs/reporting/05_plans.ipynb #66851796
+# %% ../../nbs/reporting/05_plans.ipynb #ab438c38
 def page_state(
     page: Page, # of a plan
     folder: Path, # of the report
@@ -78,7 +80,8 @@ def kept_state(
     notebook: Path, # an executed one
 ) -> str | None: # None where there is none
     "What an executed notebook says it was made from."
-    return read_json(notebook, "delete it, then `make reports`")["metadata"].get("spectralmoe") if notebook.exists() else None
+    if not notebook.exists(): return None
+    return read_json(notebook, "delete it, then `make reports`")["metadata"].get("spectralmoe")
 
 # %% ../../nbs/reporting/05_plans.ipynb #67f7a3f5
 def without_times(
@@ -94,7 +97,7 @@ def without_times(
         cell["metadata"] = {"tags": tags} if (tags := cell["metadata"].get("tags")) else {}
     return json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
 
-# %% ../../nbs/reporting/05_plans.ipynb #6498ffe1
+# %% ../../nbs/reporting/05_plans.ipynb #6eb0bfd5
 def make_page(
     page: Page, # of a plan
     folder: Path, # of the report
@@ -105,7 +108,8 @@ def make_page(
     out = folder / f"{page.page}.ipynb"
     if not force and kept_state(out) == page_state(page, folder): return "up to date"
     if page.needs == "weights" and not train:
-        return "kept as it is: " * out.exists() + "it looks into trained weights, which are not kept; train them with --train"
+        why = "it looks into trained weights, which are not kept; train them with --train"
+        return "kept as it is: " * out.exists() + why
     parameters = page.parameters | ({"train": train} if "train" in find_experiment(page.experiment).parameters else {})
     draft = f"{out.stem}-unfinished"
     try: made = reproduce(page.experiment, parameters, folder, stream=False, cwd=folder.parent.parent, name=draft)
@@ -136,7 +140,7 @@ def make_reports(
     write_index(known, folder)
     return outcomes
 
-# %% ../../nbs/reporting/05_plans.ipynb #2b8b7c5d
+# %% ../../nbs/reporting/05_plans.ipynb #5de15f7b
 def write_index(
     plans: Iterable[Plan], # of all reports
     folder: Path, # of the reports
@@ -144,14 +148,15 @@ def write_index(
     "Writes what leads to every report."
     lines, sections = [README], {}
     for plan in plans:
-        pages = {p.page: f"{plan.name}/{p.page}.ipynb" for p in plan.pages if (folder / plan.name / f"{p.page}.ipynb").exists()}
+        pages = {p.page: url for p in plan.pages if (folder / (url := f"{plan.name}/{p.page}.ipynb")).exists()}
         tasks = tasks_of(read_records(folder / plan.name))
         lines += [f"## {plan.title}", plan.says, *plan.notes, _markdown_table(tasks),
                   f"Page: [{plan.name}/index.html]({plan.name}/index.html). Executed notebooks: "
                   + ", ".join(f"[{name}]({url})" for name, url in pages.items()) + "."]
         items = "".join(f'<li><a href="{url}">{html.escape(name)}</a></li>' for name, url in pages.items())
-        sections[plan.title] = (f'<p>{html.escape(plan.says)}</p><p><a href="{plan.name}/index.html"><b>Read the report</b></a></p>'
-                                f"<details><summary>{len(pages)} executed notebook{'s' * (len(pages) != 1)}</summary><ul>{items}</ul></details>")
+        folded = f"<details><summary>Executed notebooks ({len(pages)})</summary><ul>{items}</ul></details>"
+        page = f'<p><a href="{plan.name}/index.html"><b>Read the report</b></a></p>'
+        sections[plan.title] = f"<p>{html.escape(plan.says)}</p>{page}{folded}"
     lead = ["<p>Every number in these reports is computed from records of runs.</p>"]
     return (write_file(folder / "README.md", "\n\n".join(line for line in lines if line) + "\n"),
             write_file(folder / "index.html", page_frame("Reports", lead, sections)))
@@ -167,16 +172,17 @@ the 95 % interval (Student t). Two methods differ significantly where the interv
 `make reports` makes what is absent or stale and nothing else, without training. `spectralmoe reports --latex FOLDER` writes the tables for
 papers. The pages (`index.html`) open in any browser."""
 
-# %% ../../nbs/reporting/05_plans.ipynb #a7620bb2
+# %% ../../nbs/reporting/05_plans.ipynb #ecc7fa4f
 def _markdown_table(tasks):
     columns = {t: results_table(r).iloc[:, -1] for t, r in tasks.items()}
     methods = list(dict.fromkeys(m for c in columns.values() for m in c.index))
     if not columns: return ""
     text = lambda t, m: str(columns[t].get(m, "not run"))
-    rows = [["target mIoU (%)", *methods], ["---"] * (1 + len(methods)), *([t, *(text(t, m) for m in methods)] for t in columns)]
+    rows = [["target mIoU (%)", *methods], ["---"] * (1 + len(methods))]
+    rows += [[t, *(text(t, m) for m in methods)] for t in columns]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
-# %% ../../nbs/reporting/05_plans.ipynb #f2aed101
+# %% ../../nbs/reporting/05_plans.ipynb #2afc19f2
 def latex_tables(
     to: str | Path, # folder that receives report/task.tex and report/task-differences.tex
     folder: str | Path | None = None, # of the reports; None: reports/ of the repository
@@ -187,5 +193,6 @@ def latex_tables(
         for task, records in tasks_of(read_records(report)).items():
             written += write_table(results_table(records), Path(to) / report.name / task, ["tex"])
             if any(row_of(r)[1] == "frozen" for r in records.values()):
-                written += write_table(difference_table(records), Path(to) / report.name / f"{task}-differences", ["tex"])
+                stem = Path(to) / report.name / f"{task}-differences"
+                written += write_table(difference_table(records), stem, ["tex"])
     return written
