@@ -420,7 +420,7 @@ def in_processes(
     finally:
         for process in [p for _, p in free] + [p for p, *_ in busy.values()]: process.terminate()
 
-# %% ../nbs/30_runs.ipynb #e49dc614
+# %% ../nbs/30_runs.ipynb #ef21982b
 def run_grid(
     cells: Iterable[Mapping], # arguments of `run_method` but for `folder`, see `grid_cells`
     folder: str | Path, # of all runs
@@ -442,7 +442,7 @@ def run_grid(
         records = in_processes(cells, folder, processes, threads or max(1, torch.get_num_threads() // processes), device)
     def outcome(i):
         scores = ", ".join(f"{d} {100 * s['miou']:.1f}" for d, s in list(found[i].metrics.items())[:5] if "miou" in s)
-        return f"{names[i]}: " + (found[i].error or f"{found[i].seconds:.0f} s, mIoU {scores}")
+        return f"{names[i]}: " + (found[i].error or f"{found[i].seconds:.0f} s, mIoU {scores}").strip().partition("\n")[0]
     names = cell_names(cells)
     for i, record in records:
         found[i] = record
@@ -450,7 +450,8 @@ def run_grid(
         left = (time.perf_counter() - clock) / max(new, 1) * (len(cells) - len(found))
         print(f"{len(found)}/{len(cells)}  {outcome(i)}; about {left / 60:.0f} min left", flush=True)
     if failed := [i for i, r in found.items() if r.status != "done"]:
-        print(f"{len(failed)} of {len(cells)} runs failed:", *map(outcome, failed[:10]), *["..."] * (len(failed) > 10), sep="\n  ", flush=True)
+        whole = [f"{names[i]}: {found[i].error}" for i in failed[:10]]
+        print(f"{len(failed)} of {len(cells)} runs failed:", *whole, *[f"and {len(failed) - 10} more"] * (len(failed) > 10), sep="\n  ", flush=True)
     return [found[i] for i in range(len(cells))]
 
 # %% ../nbs/30_runs.ipynb #5752ec59
