@@ -33,11 +33,17 @@ def replacing(
     try:
         yield draft
         os.replace(draft, path)
-    except OSError as error: raise _explained(error, path) from error
+    except Exception as error:
+        if (told := _explained(error, path)) is error: raise
+        raise told from error
     finally: draft.unlink(missing_ok=True)
 
 def _explained(error, path):
-    "The same error with the path and the remedy, where the cause is the disk."
+    "The same error with the path and the remedy, where the cause is the disk; torch and safetensors say a full disk in their own words."
+    if not isinstance(error, OSError) or not error.errno:
+        full = "No space left" in str(error) or path.parent.exists() and shutil.disk_usage(path.parent).free < 2**18
+        if not full: return error
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     why = {errno.ENOSPC: "the disk is full: free some space, then run the same again",
            errno.EDQUOT: "your quota is used up: free some space, then run the same again",
            errno.EROFS: "the file system is read-only: choose another folder",
@@ -96,7 +102,9 @@ def building(
         try: (draft / "made").rename(folder)
         except OSError: # another process was first
             if not (folder / complete).exists(): raise
-    except OSError as error: raise _explained(error, folder) from error
+    except Exception as error:
+        if (told := _explained(error, folder)) is error: raise
+        raise told from error
     finally:
         if draft: shutil.rmtree(draft, ignore_errors=True)
 

@@ -194,7 +194,7 @@ def reproduce(
     import papermill
     from nbclient.exceptions import DeadKernelError
     try:
-        with only_one(out.parent, f"running {experiment}", name=out.stem), replacing(out) as draft:
+        with only_one(out.parent, f"running {experiment}", name=f"{out.stem}."), replacing(out) as draft:
             try:
                 with papermill_log(out.with_suffix(".log"), stream):
                     papermill.execute_notebook(

@@ -116,7 +116,7 @@ def test_command_line_refuses_without_traceback(folder, given, message):
 
 def test_two_at_once_and_what_the_second_is_told(folder):
     path = reproduce("work", {}, folder, stream=False)
-    with only_one(path.parent, "running work", name=path.stem):
+    with only_one(path.parent, "running work", name=f"{path.stem}."):
         result = CliRunner().invoke(app, ["run", "work", "-f", str(folder)])
     assert result.exit_code == 1 and f"process {os.getpid()}" in result.output and "Traceback" not in result.output
 
