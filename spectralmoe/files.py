@@ -34,8 +34,8 @@ def replacing(
         yield draft
         os.replace(draft, path)
     except Exception as error:
-        if (told := _explained(error, path)) is error: raise
-        raise told from error
+        if (clear := _explained(error, path)) is error: raise
+        raise clear from error
     finally: draft.unlink(missing_ok=True)
 
 def _explained(error, path):
@@ -103,8 +103,8 @@ def building(
         except OSError: # another process was first
             if not (folder / complete).exists(): raise
     except Exception as error:
-        if (told := _explained(error, folder)) is error: raise
-        raise told from error
+        if (clear := _explained(error, folder)) is error: raise
+        raise clear from error
     finally:
         if draft: shutil.rmtree(draft, ignore_errors=True)
 
