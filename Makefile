@@ -3,6 +3,7 @@
 # make reports  what is absent or stale in reports/, made again from records without training
 # make lab      JupyterLab on the notebooks
 # make check    is the tree what export, clean and the README script make of it?
+# make dist     source distribution and wheel in dist/
 # make clean    forget the environment
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ BIN := .venv/bin
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test notebooks pytest reports check lab clean
+.PHONY: help install demo test notebooks pytest reports check lab dist clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -44,6 +45,9 @@ check: install
 
 lab: install
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+dist: install
+	$(BIN)/python -m build
 
 clean:
 	rm -rf .venv

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SENSORS', 'Band', 'Sensor', 'plot_bands', 'as_sensor', 'match_bands']
 
-# %% ../nbs/02_bands.ipynb #6cf3f4a4
+# %% ../nbs/02_bands.ipynb #bf3f0599
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from html import escape
 
 from fastcore.basics import patch
@@ -36,7 +37,7 @@ class Band:
             raise ValueError(f"band {self.name!r}: scale {self.scale}; expected a finite number "
                              "other than 0 (1 keeps the digital numbers)")
 
-# %% ../nbs/02_bands.ipynb #8bcde38d
+# %% ../nbs/02_bands.ipynb #8475fa82
 @dataclass(frozen=True, repr=False)
 class Sensor:
     "Bands in the order of the file, and what is known about the product that holds them."
@@ -70,11 +71,14 @@ class Sensor:
         band: str, # the product's name (B2 = B02 = b2) or a common name
     ) -> int: # position in the file, from 0
         "Where a band is."
-        for names in (self.names, [b.common or "" for b in self.bands]):
-            keys = [self._key(n) for n in names]
-            if (key := self._key(band)) in keys: return keys.index(key)
+        at = _places(self.names, tuple(b.common for b in self.bands))
+        if (key := self._key(band)) in at: return at[key]
         known = [*self.names, *(b.common for b in self.bands if b.common)]
         raise KeyError(f"sensor {self.name!r} has no band {band!r}; it has {few(map(_label, self.bands), 20)}. {nearest(band, known)}")
+
+@cache
+def _places(names, commons): # asked for every band of every file
+    return {Sensor._key(n): i for of in (commons, names) for i, n in enumerate(of) if n}
 
 def _label(band): return f"{band.name} ({band.common})" if band.common else band.name
 

@@ -300,25 +300,6 @@ def convert(
         out = checkpoints.convert(file, to, task, backbone(vfm), backbone(dfm), statistics=task and task.statistics)
     typer.echo(f"written: {out}")
 
-# %% ../nbs/32_cli.ipynb #rep0code
-@command
-def reports(
-    folder: Path | None = None, # of the reports; default: reports/ of the repository
-    plans: Path | None = None, # folder of plans; default: plans/ beside the experiments
-    again: bool = False, # also what is up to date
-    train: bool = False, # runs that have no record are trained, which takes hours
-    latex: Path | None = None, # write the tables as LaTeX into this folder, and nothing else
-):
-    "Makes the reports that are absent or stale, from records."
-    from spectralmoe.reporting.plans import latex_tables, make_reports
-    try:
-        if latex:
-            typer.echo(f"written: {len(latex_tables(latex, folder))} tables below {latex}")
-            return
-        outcomes = make_reports(plans, folder, again, train, lambda line: typer.echo(line))
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as e: _refuse(e.args[0] if len(e.args) == 1 else str(e))
-    if any(said.startswith("not made") for said in outcomes.values()): raise typer.Exit(1)
-
 # %% ../nbs/32_cli.ipynb #263f2820
 @command
 def demo(

@@ -8,7 +8,7 @@ __all__ = ['as_picture', 'Reader', 'Statistics', 'window_grid', 'SegmentationTil
            'find_tiles', 'DomainDataModule', 'Check', 'TileFile', 'list_files', 'sensor_of_file', 'Raster',
            'read_image', 'read_mask']
 
-# %% ../nbs/05_datasets.ipynb #422af68f
+# %% ../nbs/05_datasets.ipynb #1d071a47
 import hashlib
 import sys
 import warnings
@@ -30,7 +30,6 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .bands import SENSORS, Band, Sensor, as_sensor, match_bands
-from .benchmarks import IGNORE, Benchmark, Domain
 from .benchmarks import benchmark as find_benchmark
 from .files import few, file_sha256, read_csv
 from .pictures import draw_legend, paint, stretch
@@ -42,6 +41,7 @@ from .reading.masks import (check_label_map, check_same_ground, count_labels, la
                                        unlisted_values)
 from .reading.rasters import (Raster, look_at_image, open_raster, read_header, read_image, sensor_of_file, shifted,
                                          warn_together)
+from .tasks import IGNORE, Benchmark, Domain
 
 as_picture = stretch
 _all_ = ["TileFile", "list_files", "sensor_of_file", "Raster", "read_image", "read_mask", "as_picture"] # read from here as well
@@ -666,7 +666,7 @@ def take_first(
     ranked = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"train {names[i]}".encode()).digest())
     return sorted(ranked[:n])
 
-# %% ../nbs/05_datasets.ipynb #aaa75253
+# %% ../nbs/05_datasets.ipynb #09f2cf56
 def find_tiles(
     task: Benchmark, # of the registry, your own, or one whose folders are known (`build_tiles`)
     root: str | Path | None = None, # folder that relative folders lie under; None: SPECTRALMOE_DATA
@@ -679,7 +679,7 @@ def find_tiles(
             f"benchmark {task.name!r} is made by the package and its tiles are not there: build them first, "
             f"`task = build_tiles({task.name!r})` (from spectralmoe.simulator.tiles), and give that task") from None
     said = (noted(task.source.images) or [{}])[0]
-    if said.get("task") != task.name.removesuffix("_released"): return task
+    if said.get("task") != task.name.removesuffix("_authors"): return task
     label_map = {int(k): v for k, v in said["label_map"].items()} if "label_map" in said else task.label_map
     return replace(task, label_map=label_map, statistics=task.statistics or said.get("statistics"))
 

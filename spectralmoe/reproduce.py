@@ -24,7 +24,7 @@ from io import StringIO
 from pathlib import Path
 
 import spectralmoe
-from .files import digest, nearest, only_one, replacing
+from .files import digest, nearest, only_one, read_json, replacing
 from .reporting.pages import index_page
 from .runs import check_setting, choose_profile, load_data
 
@@ -79,9 +79,9 @@ def read_parameters(
     notebook: str | Path, # an .ipynb file
 ) -> dict[str, Parameter]: # name -> parameter, in the order of the cell
     "The parameters of an experiment; its cell must hold bare literal assignments."
-    import nbformat
-    cells = nbformat.read(notebook, as_version=4).cells
-    tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
+    cells = read_json(notebook, "restore it from the repository, or take it out of the folder").get("cells", [])
+    cells = [{**c, "source": "".join(c["source"])} for c in cells]
+    tagged = [c["source"] for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{notebook}: {len(tagged)} cells are tagged `parameters`; expected one")
     tokens = tokenize.generate_tokens(StringIO(tagged[0]).readline)
@@ -115,11 +115,10 @@ class Experiment:
 
 def experiments() -> dict[str, Experiment]: # name -> experiment
     "All experiments at hand."
-    import nbformat
     found = {}
     for path in sorted(notebooks_folder().glob("[!_.]*.ipynb")):
-        first = nbformat.read(path, as_version=4).cells[0].source.partition("\n")[0]
-        found[path.stem] = Experiment(path.stem, path, first.lstrip("# "), read_parameters(path))
+        parameters, (first, *_) = read_parameters(path), read_json(path)["cells"]
+        found[path.stem] = Experiment(path.stem, path, "".join(first["source"]).partition("\n")[0].lstrip("# "), parameters)
     return found
 
 def find_experiment(

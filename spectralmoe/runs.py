@@ -98,7 +98,7 @@ def check_setting(
     known, listed = choices(name), isinstance(value, (list, tuple))
     entries = list(value.values()) if isinstance(value, Mapping) else list(value) if listed else [value]
     for word in value if name == "lrs" else entries if known else ():
-        if word not in known: refuse(word, f"one of {few(known, 40)}. {nearest(word, known).partition('There are')[0]}".strip())
+        if word not in known: refuse(word, f"one of {few(known)}. {nearest(word, known).partition('There are')[0]}".strip())
     least, most = RANGES.get(name, (-math.inf, math.inf))
     for v in [v for v in entries if v is not None and (name in RANGES or isinstance(v, float))]:
         if isinstance(v, bool) or not isinstance(v, Real): refuse(v, "a number")

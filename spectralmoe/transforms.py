@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_pair', 'RandomCrop', 'FlipRotate', 'BandJitter', 'Compose']
 
-# %% ../nbs/06_transforms.ipynb #e7d82cd3
+# %% ../nbs/06_transforms.ipynb #0ecfde12
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import pad
 
-from .benchmarks import IGNORE
+from .tasks import IGNORE
 
 # %% ../nbs/06_transforms.ipynb #a5fe99aa
 def check_pair(

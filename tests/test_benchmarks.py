@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from spectralmoe.simulator import ground as simulator
+from spectralmoe.simulator import domains, ground
+from spectralmoe.simulator.spectra import soil_spectrum
 from spectralmoe.bands import as_sensor
 from spectralmoe.benchmarks import (BENCHMARKS, SHIFTS, SIMULATED, Domain, View,
                                     oracle, shift_laboratory)
@@ -17,7 +18,7 @@ each = pytest.mark.parametrize("task", MINI, ids=SEVEN)
 
 
 def test_the_names_of_the_simulator_are_repeated_rightly():
-    assert SIMULATED == simulator.CLASSES
+    assert SIMULATED == ground.CLASSES
 
 
 def test_looking_up_a_task_loads_no_torch():
@@ -36,8 +37,8 @@ def test_a_recipe_is_plain_data_and_its_fields_exist(task):
     assert json.loads(json.dumps(task.to_dict()))["simulated"].keys() == task.simulated.keys()
     for views in task.simulated.values():
         for v in views:
-            base = simulator.Domain(region=simulator.REGIONS[v.region])
-            simulator.change(base, **{k: tuple(x) if isinstance(x, list) else x for k, x in v.fields.items()})
+            base = domains.Domain(region=domains.REGIONS[v.region])
+            domains.change(base, **{k: tuple(x) if isinstance(x, list) else x for k, x in v.fields.items()})
 
 
 @each
@@ -160,6 +161,6 @@ def test_severity_zero_is_the_source():
 
 
 def test_soils_are_ordered_by_their_distance():
-    spectra = [simulator.soil_spectrum(s) for s in SHIFTS["soil"].severities]
+    spectra = [soil_spectrum(s) for s in SHIFTS["soil"].severities]
     far = [(s - spectra[0]).square().mean().sqrt().item() for s in spectra]
     assert far == sorted(far) and far[1] > 0

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import development_data
 
-from spectralmoe.benchmarks import benchmark, oracle, shift_laboratory
+from spectralmoe.benchmarks import BENCHMARKS, benchmark, oracle, shift_laboratory
 from spectralmoe.files import only_one
 from spectralmoe.reporting.records import read_record, read_records
+from spectralmoe.reporting.studies import smaller
 from spectralmoe.runs import (PROFILES, Profile, choose_profile, grid_cells, load_data, planned, run_folder, run_grid, run_method, weights_hash)
 
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
@@ -31,7 +32,8 @@ def task_of(record):
     if name == "shift_lab":
         steps = [d.rpartition("_") for d in record.data if "_" in d]
         task = shift_laboratory(list(dict.fromkeys(factor for factor, *_ in steps)), steps=max(int(k) for *_, k in steps))
-    else: task = benchmark(name)
+    elif name in BENCHMARKS: task = benchmark(name)
+    else: task = smaller(*(int(p) if p.isdigit() else p for p in name.rsplit("_", 1)))
     return oracle(task, target) if target else task
 
 

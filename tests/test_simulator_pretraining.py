@@ -1,6 +1,6 @@
 """Pretraining: nothing held out is drawn, a pool is its recipe, a killed run ends as if it had not been, weights load."""
 import json
-import math
+import re
 import socket
 import subprocess
 import sys
@@ -11,11 +11,12 @@ import torch
 
 from spectralmoe.backbones import load_dfm, load_vfm, shipped_weights
 from spectralmoe.bands import SENSORS
+from spectralmoe.simulator.domains import REGIONS, Domain, change
+from spectralmoe.simulator.ground import CLASSES
 from spectralmoe.simulator.pretraining import (
-    HELD_OUT, TARGETS, HeightModel, Pool, draw_batch, explained, height_scores, held_out, held_out_table, learning_rate,
-    model_card, new_model, predict_height, pretrain, probe, probe_scenes, random_domain, random_ground, random_region, render_group,
-    render_pool, surface_targets)
-from spectralmoe.simulator.ground import CLASSES, REGIONS, SWATCHES, Domain, change
+    HELD_OUT, TARGETS, HeightModel, Pool, draw_batch, explained, height_scores, held_out, held_out_table, model_card, new_model,
+    predict_height, pretrain, probe, probe_scenes, random_domain, random_ground, random_region, render_group, render_pool, surface_targets)
+from spectralmoe.simulator.spectra import SWATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(dim=32, n_layers=4, n_heads=2)
@@ -43,30 +44,24 @@ def test_nothing_held_out_is_ever_drawn():
         region, bands = d.region, d.sensor.bands
         assert region.soil not in ("loess", "laterite") and not {"blue_metal", "brown_tile"} & set(region.roofs)
         assert region.crops[4] == 0 and region.sea == 0 and region.name not in REGIONS
-        assert .02 <= d.haze <= .35 and 18 <= d.sun_zenith <= 50 and 130 <= d.day <= 260 and 1.2 <= d.gsd <= 6 and d.noise <= .004
-        assert all(b.width >= .025 and not .615 < b.center < .645 and .44 <= b.center <= 1 for b in bands)
+        assert 0.02 <= d.haze <= 0.35 and 18 <= d.sun_zenith <= 50 and 130 <= d.day <= 260 and 1.2 <= d.gsd <= 6 and d.noise <= 0.004
+        assert all(b.width >= 0.025 and not 0.615 < b.center < 0.645 and 0.44 <= b.center <= 1 for b in bands)
         (a, b, c) = (x.center for x in bands)
-        assert not (a > .7 and .6 < b < .7 and .5 < c < .6), "IRRG"
-    assert .45 < sum(d.sensor.name == "rgb" for d in drawn) / len(drawn) < .7
-    assert len({d.region.soil for d in drawn}) == 4 and any(d.sensor.bands[0].center > .8 for d in drawn)
+        assert not (a > 0.7 and 0.6 < b < 0.7 and 0.5 < c < 0.6), "IRRG"
+    assert 0.45 < sum(d.sensor.name == "rgb" for d in drawn) / len(drawn) < 0.7
+    assert len({d.region.soil for d in drawn}) == 4 and any(d.sensor.bands[0].center > 0.8 for d in drawn)
 
 
 def test_the_ground_has_no_held_out_material_or_class():
     for i in range(12):
-        layout = random_ground(random_region((5, i)), range(4), 48, 5.)
+        layout = random_ground(random_region((5, i)), range(4), 48, 5.0)
         assert not torch.isin(layout.swatch, torch.tensor([SWATCHES.index(r) for r in HELD_OUT["roof"]])).any()
         assert not torch.isin(layout.label, torch.tensor([CLASSES.index(c) for c in ("orchard", "sea")])).any()
 
 
-@pytest.mark.parametrize("sensor,found", [
-    ("planetscope", "band at 0.63 um"), ("ohs", "width 0.015 um"), ("aerial_irrg", "order nir, red, green")])
-def test_sensors_that_are_held_out_are_recognised(sensor, found):
-    assert found in held_out(Domain(sensor=sensor))
-
-
 def test_held_out_reads_any_domain():
     s2 = SENSORS["sentinel2"].select(["B4", "B3", "B2", "B8"])
-    domain = change(Domain(sensor=s2, haze=.6, sun_zenith=60., day=280., gsd=10.), soil="laterite", roofs=("brown_tile",), sea=.5)
+    domain = change(Domain(sensor=s2, haze=0.6, sun_zenith=60.0, day=280.0, gsd=10.0), soil="laterite", roofs=("brown_tile",), sea=0.5)
     assert set(held_out(domain)) == {"region plain", "soil laterite", "roof brown_tile", "orchard", "sea", "haze 0.6",
                                      "sun_zenith 60", "day 280", "gsd 10", "narrow red and green"}
     assert all(name in held_out_table() for name in ("loess", "blue metal", "0.35", "nir, red, green"))
@@ -116,7 +111,7 @@ def test_targets_are_what_they_are_called(pool):
 def test_crops_and_targets_stay_aligned_through_turns(pool):
     marked = Pool.__new__(Pool)
     marked.__dict__.update(pool.__dict__)
-    ramp = torch.arange(64.)[:, None] * 2 + torch.arange(64.) # brightest where height is greatest
+    ramp = torch.arange(64.0)[:, None] * 2 + torch.arange(64.0) # brightest where height is greatest
     marked.images = ramp.expand_as(pool.images).to(torch.uint8)
     marked.height = ramp.expand_as(pool.height).to(torch.uint8)
     marked.reflectance = (ramp[::2, ::2] / 255).expand_as(pool.reflectance).half()
@@ -126,9 +121,9 @@ def test_crops_and_targets_stay_aligned_through_turns(pool):
         plain = draw_batch(marked, step, sides=(32,), tokens=64, augment=False)
         for one, h, r in zip(b.images[:, 0], b.height, b.reflectance[:, 0]):
             gain = (one.amax() - one.amin()) / (h.float().amax() - h.float().amin())
-            torch.testing.assert_close((one - one.amin()) / gain, h.float() - h.float().amin(), atol=.02, rtol=1e-3)
+            torch.testing.assert_close((one - one.amin()) / gain, h.float() - h.float().amin(), atol=0.02, rtol=1e-3)
             flat = torch.nn.functional.avg_pool2d(h.float()[None], 2)[0]
-            assert torch.corrcoef(torch.stack([flat.flatten(), r.float().flatten()]))[0, 1] > .99
+            assert torch.corrcoef(torch.stack([flat.flatten(), r.float().flatten()]))[0, 1] > 0.99
         assert torch.equal(plain.images[:, 0] * 255, plain.height.float())
 
 
@@ -136,7 +131,7 @@ def test_crops_and_targets_stay_aligned_through_turns(pool):
 def test_tiny_pretraining_on_few_renderings_reduces_the_loss(kind, pool, tmp_path):
     run = pretrain(kind, pool, tmp_path, 80, tokens=256, every=20, lr=3e-3, device="cpu", probes=0, progress=None, **TINY)
     losses = [r["loss"] for r in json.loads((run / "history.json").read_text())["rows"]]
-    assert len(losses) == 4 and losses[-1] < .9 * losses[0], losses
+    assert len(losses) == 4 and losses[-1] < 0.9 * losses[0], losses
 
 
 @pytest.mark.parametrize("kind", ["vfm", "dfm"])
@@ -178,7 +173,7 @@ def test_written_weights_are_read_by_the_backbones_and_the_whole_depth_model(poo
 
 def test_the_depth_head_says_zero_and_can_leave_it():
     model = new_model("dfm", **TINY)
-    torch.nn.init.constant_(model.encoder.head.conv3.bias, -50.)
+    torch.nn.init.constant_(model.encoder.head.conv3.bias, -50.0)
     out = model(torch.randn(1, 3, 32, 32))
     assert (out == 0).all()
     out.sum().backward()
@@ -187,34 +182,19 @@ def test_the_depth_head_says_zero_and_can_leave_it():
     with pytest.raises(ValueError, match="choose vfm"): new_model("mae")
 
 
-def test_height_scores_by_hand():
-    true = torch.zeros(1, 16, 16)
-    true[:, :8] = torch.linspace(1.5, 9, 128).view(8, 16)
-    assert height_scores(true + 5, true) == pytest.approx(dict(auc=1., spearman=1.))
-    assert height_scores(-true, true) == pytest.approx(dict(auc=0., spearman=-1.))
-    assert height_scores(torch.ones_like(true), true)["auc"] == pytest.approx(.5)
-    assert all(map(math.isnan, height_scores(true, torch.zeros_like(true)).values()))
-    with pytest.raises(ValueError, match="expected the same"): height_scores(true[0], true)
-
-
 def test_explained_and_probe_tell_good_from_bad(pool):
     class Knows(torch.nn.Module):
         def forward(self, images): return (self.wanted - pool.statistics[0]) / pool.statistics[1]
     batch = draw_batch(pool, 0, sides=(128,), augment=False)
     model = Knows()
     model.wanted = surface_targets(batch.reflectance, batch.height)
-    assert min(explained(model, pool, pool.statistics, 1).values()) > .99
+    assert min(explained(model, pool, pool.statistics, 1).values()) > 0.99
     model.wanted = model.wanted * 0
-    assert max(explained(model, pool, pool.statistics, 1).values()) < .01
+    assert max(explained(model, pool, pool.statistics, 1).values()) < 0.01
     scenes = probe_scenes(2, regions=("plain",))
     vfm = load_vfm("mini_vfm", "random", **TINY)
     assert probe(vfm, scenes, scenes, 60) > probe(vfm, scenes, scenes, 1) + 2
     assert probe(vfm, scenes, scenes, 5) == probe(vfm, scenes, scenes, 5)
-
-
-def test_learning_rate_rises_and_falls():
-    rates = [learning_rate(s, 400) for s in range(400)]
-    assert rates.index(max(rates)) in (59, 60) and max(rates) == 1e-3 and rates[0] < 1e-4 and rates[-1] < 1e-6
 
 
 def test_the_cli_command_of_the_error_message_exists():
@@ -224,7 +204,7 @@ def test_the_cli_command_of_the_error_message_exists():
 
 
 def test_package_data_are_declared():
-    assert "recursive-include spectralmoe/weights" in (ROOT / "MANIFEST.in").read_text()
+    assert "recursive-include spectralmoe/assets" in (ROOT / "MANIFEST.in").read_text()
     setup = (ROOT / "setup.py").read_text()
     assert "package_data=" in setup and all(f"assets/*/*.{end}" in setup for end in ("json", "safetensors", "md"))
 
@@ -232,7 +212,7 @@ def test_package_data_are_declared():
 def test_importing_needs_neither_rasterio_nor_nbdev():
     code = "import spectralmoe.simulator.pretraining, sys; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
-    assert not {"rasterio", "nbdev", "fastcore", "matplotlib", "lightning"} & {m.split(".")[0] for m in found}
+    assert not {"rasterio", "nbdev", "matplotlib", "lightning"} & {m.split(".")[0] for m in found}
 
 
 @pytest.fixture(params=["mini_vfm", "mini_dfm"])
@@ -252,14 +232,15 @@ def test_shipped_files_load_offline_and_are_small(shipped):
     assert random.fingerprint() != backbone.fingerprint()
     card, history = (folder / "README.md").read_text(), json.loads((folder / "history.json").read_text())
     assert "simulation-supervised" in card and "license: apache-2.0" in card and "laterite" in card
-    assert card == model_card(history) or history["results"], "the card is that of the run"
+    plain = lambda text: re.sub(r"torch \S+, transformers \S+", "", text) # of the machine that wrote it
+    assert plain(card) == plain(model_card(history)), "the card is that of the run"
 
 
 def test_shipped_weights_are_worth_something(shipped):
     name, folder = shipped
     if name == "mini_dfm":
         scenes = probe_scenes(4, "planetscope", 10**6)
-        assert height_scores(predict_height(name, scenes.images), scenes.height)["auc"] > .8
+        assert height_scores(predict_height(name, scenes.images), scenes.height)["auc"] > 0.8
         return
     scenes = probe_scenes(6), probe_scenes(4, first=10**6)
     good, bad = (probe(load_vfm(name, w), *scenes) for w in (None, "random"))
@@ -270,5 +251,5 @@ def test_an_installed_package_brings_the_weights(shipped, tmp_path):
     "What setup.py copies when it builds."
     subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "b", "egg_info", "--egg-base", tmp_path],
                    cwd=ROOT, check=True, capture_output=True)
-    built = {p.name for p in (tmp_path / "b" / "lib" / "spectralmoe" / "weights" / shipped[0]).iterdir()}
+    built = {p.name for p in (tmp_path / "b" / "lib" / "spectralmoe" / "assets" / shipped[0]).iterdir()}
     assert {"config.json", "model.safetensors", "README.md"} <= built

@@ -14,7 +14,7 @@ import rasterio
 import torch
 
 from spectralmoe.bands import as_sensor
-from spectralmoe.benchmarks import BENCHMARKS, benchmark, oracle, shift_laboratory
+from spectralmoe.benchmarks import BENCHMARKS, SIMULATED, benchmark, oracle, shift_laboratory
 from spectralmoe.datasets import DomainDataModule
 from spectralmoe.reading.manifest import noted
 from spectralmoe.simulator import tiles as mini
@@ -210,15 +210,15 @@ def test_two_processes_at_once(tmp_path):
 
 def test_a_process_that_comes_second_keeps_what_is_there(tmp_path, monkeypatch):
     task = small("loveda", 1, 32)
-    place, real = folder(task, tmp_path, "rural"), mini._tiles
+    place, real = folder(task, tmp_path, "rural"), mini.write_tiles
     first = []
 
     def overtaken(*args):
         yield from real(*args)
-        monkeypatch.setattr(mini, "_tiles", real)
+        monkeypatch.setattr(mini, "write_tiles", real)
         mini.build(task, tmp_path)
         first.append([p.stat().st_ino for p in sorted(place.rglob("*"))])
-    monkeypatch.setattr(mini, "_tiles", overtaken)
+    monkeypatch.setattr(mini, "write_tiles", overtaken)
     mini.build(task, tmp_path, ["rural"])
     assert [p.stat().st_ino for p in sorted(place.rglob("*"))] == first[0] and not leftovers(tmp_path)
     assert [mini.verify(folder(task, tmp_path, d)) for d in ("rural", "urban")] == [8, 8]
@@ -316,7 +316,7 @@ def test_an_unknown_field_region_or_domain(tmp_path):
     def with_view(**new):
         return replace(task, simulated={**task.simulated, "rural": [replace(task.simulated["rural"][0], **new)]})
     with pytest.raises(TypeError, match="domain 'rural', view of 'countryside'.*no field hase. Did you mean 'haze'"):
-        mini.build(with_view(fields={"hase": .3}), tmp_path)
+        mini.build(with_view(fields={"hase": 0.3}), tmp_path)
     with pytest.raises(ValueError, match="view of 'countryside'.*haze = -1"):
         mini.build(with_view(fields={"haze": -1}), tmp_path)
     with pytest.raises(ValueError, match="no such region"):
@@ -332,8 +332,8 @@ def test_an_unknown_field_region_or_domain(tmp_path):
 @pytest.mark.parametrize("key", SEVEN)
 def test_every_class_occurs_in_every_domain(key):
     shares = mini.class_shares(key, 12)
-    assert (shares > .005).all().all(), shares[shares <= .005].stack()
-    assert (shares.sum() - 1).abs().max() < .002
+    assert (shares > 0.005).all().all(), shares[shares <= 0.005].stack()
+    assert (shares.sum() - 1).abs().max() < 0.002
 
 
 def test_heights_belong_to_the_tiles(built):
@@ -368,10 +368,11 @@ def test_the_laboratory_is_built_from_one_ground(tmp_path):
 
 def test_masks_hold_the_classes_of_the_simulator(built):
     task, root = built
-    manifest = json.loads((folder(task, root, "gf2") / "manifest.json").read_text())
-    assert tuple(manifest["classes"]) == SIMULATED and manifest["versions"]["rasterio"] == rasterio.__version__
-    values = {v for p in folder(task, root, "gf2").glob("masks/*") for v in np.unique(rasterio.open(p).read())}
-    assert values <= set(task.label_map)
+    said, entry = noted(folder(task, root, "gf2") / "images")
+    assert tuple(said["classes"]) == SIMULATED and said["task"] == "fbp_cross_sensor" and entry["versions"]["rasterio"] == rasterio.__version__
+    masks = np.stack([rasterio.open(p).read() for p in folder(task, root, "gf2").glob("masks/*")])
+    values, pixels = np.unique(masks, return_counts=True)
+    assert entry["labels"] == {str(v): n for v, n in zip(values.tolist(), pixels.tolist())} and set(values) <= set(task.label_map)
 
 
 def test_importing_needs_no_rasterio():
@@ -381,7 +382,22 @@ def test_importing_needs_no_rasterio():
 
 def test_a_run_is_known_by_its_recipe_on_any_machine():
     task = small("loveda")
-    found = DomainDataModule(task).fingerprints
+    found = DomainDataModule(mini.build_tiles(task)).fingerprints
     assert found == {d.name: mini.fingerprint(task, d.name) for d in task.domains}
     moved = replace(task, simulated={k: [replace(v, first_seed=v.first_seed + 7) for v in vs] for k, vs in task.simulated.items()})
     assert all(mini.fingerprint(moved, name) != before for name, before in found.items())
+
+
+# ---- before a run
+
+def test_made_tiles_are_made_once_and_whole(cache, monkeypatch):
+    monkeypatch.setattr(mini.make_tiles, "__defaults__", (4, 32, 0))
+    places = [Path(mini.build_tiles("made_tiles", root).source.images) for root in (None, cache / "nowhere")]
+    assert places[0] == places[1] and cache in places[0].parents and not leftovers(cache)
+    own = mini.make_tiles(cache.parent / "data" / "made_tiles")
+    assert Path(mini.build_tiles("made_tiles", own.parent).source.images) == own / "source" / "images"
+
+
+def test_data_that_the_package_cannot_make_are_only_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError): mini.build_tiles("wildfire_cross_region", tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@
 __all__ = ['unlike_statistics', 'unlike_sensor', 'lifted', 'lost_to_bands', 'check_classes', 'Ground', 'ground_of',
            'on_same_ground', 'uneven_split']
 
-# %% ../../nbs/reading/04_checks.ipynb #a5817f4b
+# %% ../../nbs/reading/04_checks.ipynb #217eb9b1
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ..bands import SENSORS, Sensor
-from ..benchmarks import IGNORE
 from ..files import few
 from .masks import label_advice, label_codes, show_value
+from ..tasks import IGNORE
 
 # %% ../../nbs/reading/04_checks.ipynb #093e47bd
 def unlike_statistics(

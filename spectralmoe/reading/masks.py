@@ -6,16 +6,16 @@
 __all__ = ['NOTHING', 'read_mask', 'show_value', 'check_label_map', 'label_codes', 'to_classes', 'unlisted_values',
            'count_labels', 'label_advice', 'check_same_ground']
 
-# %% ../../nbs/reading/02_masks.ipynb #8cc8ff4a
+# %% ../../nbs/reading/02_masks.ipynb #8a3c079e
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..benchmarks import IGNORE
 from ..files import few
 from .rasters import _area, open_raster, raster_windows
+from ..tasks import IGNORE
 
 # %% ../../nbs/reading/02_masks.ipynb #cf6018e4
 NOTHING = -2**62 # what NaN in a mask becomes; always ignored

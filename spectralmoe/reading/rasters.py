@@ -51,7 +51,7 @@ def _png_is_whole(path):
         file.seek(max(0, path.stat().st_size - 2**16))
         return b"IEND" in file.read()
 
-# %% ../../nbs/reading/01_rasters.ipynb #6bbb51b7
+# %% ../../nbs/reading/01_rasters.ipynb #1d5d5353
 def sensor_of_file(
     path: str | Path, # named in messages
     sensor: Sensor, # what the file is said to come from
@@ -68,9 +68,11 @@ def sensor_of_file(
 def _identify(path, sensor, count, descriptions=(), given=None, wavelengths=()):
     texts = [*descriptions, *[None] * count][:count]
     numbers = [re.fullmatch(r"(?:band|layer|channel|ch|raster|b|gr[ae]y)?[\W_]*0*(\d+)", (t or "").strip().casefold()) for t in texts]
-    plain = all(n and int(n[1]) == i for i, n in enumerate(numbers, 1) if texts[i - 1]) # "Layer 1", "Layer 2", ... say nothing
-    texts = [None if plain or (n and int(n[1]) == i) and sensor.meant(t) is None else t for i, (n, t) in enumerate(zip(numbers, texts), 1)]
-    said = [sensor.meant(f"B{n[1]}" if n and sensor.meant(t) is None else t, w) for n, t, w in zip(numbers, texts, [*wavelengths, *[None] * count])]
+    said = list(map(sensor.meant, texts, [*wavelengths, *[None] * count]))
+    mute = [i for i, (n, s) in enumerate(zip(numbers, said)) if n and (s is None or None in said and all(numbers))] # "Layer 3", and B9 where there is a B13
+    counted = all(int(numbers[i][1]) == i + 1 for i in mute)
+    for i in mute: said[i] = None if counted else sensor.meant(f"B{numbers[i][1]}")
+    if counted: texts = [None if i in mute else t for i, t in enumerate(texts)]
     unknown = [t for t, s in zip(texts, said) if t and s is None]
     remedy = f"Name the {count} bands, all different, in a csv column `bands`, for example {'|'.join(sensor.names[:min(count, 12)])}"
     def refuse(names):
@@ -137,7 +139,7 @@ def _wavelength(source, band):
         except (KeyError, TypeError, ValueError): continue
         return value if name.endswith("um") or value < 100 else value / 1000 # nanometres are in the hundreds
 
-# %% ../../nbs/reading/01_rasters.ipynb #be0e3620
+# %% ../../nbs/reading/01_rasters.ipynb #1496bb2e
 def _colours(source, path, held, kept):
     "Colour interpretation against the order of the sensor."
     colours = {i: source.colorinterp[k].name for i, k in enumerate(kept)}
@@ -152,9 +154,9 @@ def _colours(source, path, held, kept):
 
 def _units(source, held, kept, at):
     "Scale and offset tags against those of the sensor."
-    odd = {}
+    odd, found, place = {}, list(zip(source.scales, source.offsets)), {k: i for i, k in enumerate(kept)}
     for i in at:
-        band, tags = held.bands[kept.index(i)], (source.scales[i], source.offsets[i])
+        band, tags = held.bands[place[i]], found[i]
         if tags != (1, 0) and not np.allclose(tags, (band.scale, band.offset), rtol=1e-4, atol=1e-9): odd.setdefault((tags, (band.scale, band.offset)), []).append(band.name)
     return [f"bands {few(names)}: the file says physical value = DN * {a:g} + {b:g}, sensor {held.name!r} says DN * {c:g} + {d:g}, which is used; "
             f"if the file is right, give the sensor as sensor.rescale({a:g}, {b:g})" for ((a, b), (c, d)), names in odd.items()]
@@ -207,7 +209,7 @@ def check_header(
     warn_together({path: header.doubts})
     return header.size
 
-# %% ../../nbs/reading/01_rasters.ipynb #12e740f9
+# %% ../../nbs/reading/01_rasters.ipynb #3a321b94
 class Raster(NamedTuple):
     "Pixels in physical units and where they are."
     image: np.ndarray # (bands, h, w) float32; NaN in all bands where there is nothing
@@ -250,8 +252,9 @@ def _read(source, header, window):
     from rasterio.enums import MaskFlags
     dn, area = source.read([i + 1 for i in header.at], window=_area(window)), _area(window)
     outside = ~np.isfinite(dn) if dn.dtype.kind == "f" else np.zeros(dn.shape, bool)
+    nodata = source.nodatavals
     for layer, out, i in zip(dn, outside, header.at):
-        tag = header.sensor.nodata if source.nodatavals[i] is None else source.nodatavals[i]
+        tag = header.sensor.nodata if nodata[i] is None else nodata[i]
         if tag is not None: out |= layer == tag
     flags = source.mask_flag_enums[0]
     if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags: outside |= source.dataset_mask(window=area) == 0

@@ -17,7 +17,7 @@ from .domains import Domain
 from .ground import Layout
 from .spectra import WAVELENGTHS, band_responses
 
-# %% ../../nbs/simulator/04_light.ipynb #1e65ec87
+# %% ../../nbs/simulator/04_light.ipynb #632ef344
 class Light(NamedTuple):
     "What the air does, per wavelength or band."
     direct: Tensor # (n,) share of the sun that arrives unscattered
@@ -40,13 +40,14 @@ def air(
     aerosol = haze * (w / 0.55)**-1.3
     lost = lambda tau: 1 - torch.exp(-tau / mu)
     direct = torch.exp(-(molecules + 0.93 * aerosol) / mu) # .93: single-scattering albedo, chosen
-    diffuse = (0.5 * lost(molecules) + 0.8 * lost(0.93 * aerosol)) * (1 - lost(molecules + aerosol) / 3) # shares sent down, chosen
+    down = 0.5 * lost(molecules) + 0.8 * lost(0.93 * aerosol) # shares sent down, chosen
+    diffuse = down * (1 - lost(molecules + aerosol) / 3)
     g, back = 0.5, -mu # asymmetry, chosen
     phases = (0.75 * (1 + mu**2), 0.93 * (1 - g**2) / (1 + g**2 - 2 * g * back)**1.5)
     path = sum(p / (4 * (mu + 1)) * (1 - torch.exp(-tau * (1 / mu + 1)))
                for p, tau in zip(phases, (molecules, aerosol)))
-    return Light(direct, diffuse, torch.exp(-0.5 * molecules - 0.18 * aerosol), path, # what of both is lost on the way up, chosen
-                 torch.exp(-molecules - 0.7 * aerosol))
+    up, sharp = torch.exp(-0.5 * molecules - 0.18 * aerosol), torch.exp(-molecules - 0.7 * aerosol) # losses, chosen
+    return Light(direct, diffuse, up, path, sharp)
 
 # %% ../../nbs/simulator/04_light.ipynb #5328a707
 def cast_shadow(

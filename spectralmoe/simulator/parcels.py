@@ -38,7 +38,7 @@ class Grid(NamedTuple):
 
     extent = property(lambda self: self.size * self.cell, doc="Side of the scene, m.")
 
-# %% ../../nbs/simulator/02_parcels.ipynb #ad411845
+# %% ../../nbs/simulator/02_parcels.ipynb #e5892bd3
 def noise(
     grid: Grid, # where
     key: str, # what it is for
@@ -53,7 +53,8 @@ def noise(
         weights = _between_knots(grid.size, n)
         knots = draws(grid.seeds, f"{key}{o}", n + 3, n + 3, normal=True)
         total = total + rough**o * (weights @ knots @ weights.T)
-    return total / math.sqrt(0.7 * sum(rough**(2 * o) for o in range(octaves))) # .7: what interpolation leaves of the variance
+    left = 0.7 # of the variance, after interpolation
+    return total / math.sqrt(left * sum(rough**(2 * o) for o in range(octaves)))
 
 @lru_cache(256)
 def _between_knots(size, n): # (size, n + 3) cubic weights of the knots around `size` cells

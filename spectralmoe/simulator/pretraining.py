@@ -9,7 +9,7 @@ __all__ = ['HELD_OUT', 'RANGES', 'ROOFS', 'SOIL', 'HIDDEN', 'TARGETS', 'MODELS',
            'take_step', 'seconds_per_step', 'device_of', 'explained', 'height_scores', 'ProbeScenes', 'probe_scenes',
            'probe', 'predict_height', 'held_out_table', 'model_card', 'PretrainingRun', 'pretrain']
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #9431e73c
+# %% ../../nbs/simulator/08_pretraining.ipynb #04a0fda3
 import copy
 import json
 import math
@@ -37,7 +37,7 @@ from ..bands import Band, Sensor, as_sensor
 from ..files import cache_folder, read_json, replacing, write_file, write_json
 from .domains import REGIONS, Domain, Region
 from .ground import CLASSES, Layout, grow, layouts, paint, reflectance
-from .scenes import develop, observe
+from .scenes import develop, observe, render
 from .spectra import SWATCHES
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #60113f5d
@@ -173,7 +173,7 @@ def _product(seen, domain, r):
     limits = tuple((r.uniform(0.7, 1) * low).tolist()), tuple((r.uniform(1, 1.4) * high + 1e-3).tolist())
     return develop(seen, replace(domain, stretch=limits)).to(torch.uint8)
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #8ebc3066
+# %% ../../nbs/simulator/08_pretraining.ipynb #ddfd3096
 def render_pool(
     folder: str | Path | None = None, # made if absent; None: pretraining/pool-SEED in the cache folder
     groups: int = 375, # groups of 2 * `scenes` renderings; 375 are 12,000
@@ -187,7 +187,8 @@ def render_pool(
     folder = Path(folder) if folder is not None else cache_folder() / __version__ / "pretraining" / f"pool-{seed}"
     recipe, noted = dict(seed=seed, scenes=scenes, size=size), folder / "pool.json"
     if not noted.exists(): write_json(noted, recipe | dict(version=__version__))
-    if (found := read_json(noted, f"delete {folder}")) != (wanted := recipe | dict(version=__version__)): raise ValueError(
+    found, wanted = read_json(noted, f"delete {folder}"), recipe | dict(version=__version__)
+    if found != wanted: raise ValueError(
         f"the pool in {folder} was made with {found}, expected {wanted}: give another folder, or delete this one")
     missing = [i for i in range(groups) if not (folder / f"{i:05d}.safetensors").exists()]
     start, last = time.time(), time.time()
@@ -222,7 +223,7 @@ def surface_targets(
     tall = F.avg_pool2d(height[:, None].float(), height.shape[-1] // reflectance.shape[-1]) / _STEPS
     return torch.cat([reflectance, (nir - red) / (nir + red).clamp_min(1e-3), tall], 1)
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #d41cb893
+# %% ../../nbs/simulator/08_pretraining.ipynb #389fe768
 class Pool:
     "Renderings and targets, ready to be cut into batches."
     def __init__(self,
@@ -237,7 +238,7 @@ class Pool:
         parts, height, of = [], [], 0
         for group in (Group(**load_file(f)) for f in files):
             keep = group.rgb.bool() if rgb_only else torch.ones_like(group.rgb).bool()
-            halves = group.images.unflatten(0, (2, -1)).transpose(1, 2).flatten(2).float() / 255 # (2 products, 3, values)
+            halves = group.images.unflatten(0, (2, -1)).transpose(1, 2).flatten(2).float() / 255 # (2, 3, values)
             mean, std = (x.repeat_interleave(len(group.images) // 2, 0)[..., None, None]
                          for x in (halves.mean(2), halves.std(2).clamp_min(0.02)))
             scene = of + torch.arange(len(group.height)).repeat(2)
@@ -247,7 +248,8 @@ class Pool:
         parts = [torch.cat(p).to(device) for p in zip(*parts)]
         self.images, self.reflectance, self.mean, self.std, self.scene, self.rgb = parts
         if not len(self.images): raise ValueError(
-            f"no red, green, blue rendering in {of} scenes of {folder}: render more groups, half of the cameras have them")
+            f"no red, green, blue rendering in {of} scenes of {folder}: render more groups, half of the cameras "
+            "have them")
         self.height = torch.cat(height).to(device)
         self.recipe = read_json(Path(folder) / "pool.json") | dict(groups=len(files))
         some = slice(None, None, max(1, len(self) // 512))
@@ -345,7 +347,7 @@ class LeakyBackward(nn.ReLU):
         leaky = F.leaky_relu(x, 0.1)
         return leaky + (x.relu() - leaky).detach()
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #2c369684
+# %% ../../nbs/simulator/08_pretraining.ipynb #7526b231
 class HeightModel(nn.Module):
     "Depth Anything V2 that predicts heights above the ground."
     weights = (1.0, 1.0) # of level and edges in the loss
@@ -360,8 +362,9 @@ class HeightModel(nn.Module):
         backbone = Dinov2Config(hidden_size=dim, num_hidden_layers=n_layers, num_attention_heads=n_heads,
             patch_size=patch_size, image_size=128, out_indices=_levels(n_layers), reshape_hidden_states=False)
         self.encoder = DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone,
-            patch_size=patch_size, reassemble_hidden_size=dim, reassemble_factors=[2, 1, 1, 0.5], neck_hidden_sizes=[32, 48, 64, 64],
-            fusion_hidden_size=32, head_hidden_size=16, depth_estimation_type="relative"))
+            patch_size=patch_size, reassemble_hidden_size=dim, reassemble_factors=[2, 1, 1, 0.5],
+            neck_hidden_sizes=[32, 48, 64, 64], fusion_hidden_size=32, head_hidden_size=16,
+            depth_estimation_type="relative"))
         for conv in (*self.encoder.neck.modules(), *self.encoder.head.modules()):
             if not isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)): continue
             nn.init.normal_(conv.weight, std=(conv.in_channels * (conv.kernel_size[0] / conv.stride[0])**2)**-0.5 if
@@ -523,7 +526,7 @@ def _spearman(a, b):
     if len(a) < 50 or np.ptp(a) == 0 or np.ptp(b) == 0: return math.nan
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #6a22856e
+# %% ../../nbs/simulator/08_pretraining.ipynb #71c40485
 class ProbeScenes(NamedTuple):
     "Scenes that pretraining has not seen."
     images: Tensor # (B, 3, 128, 128) standardised
@@ -539,8 +542,8 @@ def probe_scenes(
     "Scenes of places that pretraining has not seen."
     s = as_sensor(sensor)
     domain = Domain("probe", sensor=s.select(s.rgb))
-    scenes = [scene for name in regions for scene in
-              observe(layouts(REGIONS[name], range(first, first + count), 128, domain.gsd), replace(domain, region=REGIONS[name]))]
+    seeds = range(first, first + count)
+    scenes = [scene for name in regions for scene in render(replace(domain, region=REGIONS[name]), seeds)]
     images, label, height = (torch.stack([getattr(x, k) for x in scenes]) for k in ("image", "label", "height"))
     std, mean = torch.std_mean(images, (0, 2, 3), keepdim=True)
     return ProbeScenes((images - mean) / std.clamp_min(1), label, height)
@@ -607,7 +610,7 @@ def _height_model(folder):
     from transformers import DepthAnythingForDepthEstimation
     return DepthAnythingForDepthEstimation.from_pretrained(folder, dtype=torch.float32).eval()
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #4b2a4a93
+# %% ../../nbs/simulator/08_pretraining.ipynb #25bd47fd
 def held_out_table(
 ) -> str: # Markdown
     "What pretraining draws, and what it never does."
@@ -616,15 +619,18 @@ def held_out_table(
     rows = [(name.replace("_", " "), f"{a:g} to {b:g}", "beyond") for name, (a, b) in RANGES.items()]
     rows += [("soils", ", ".join(SOIL), listed("soil")), ("roofs", ", ".join(ROOFS).replace("_", " "), listed("roof")),
              ("crops", "all others", listed("crop")), ("water", "river, lake, pond", listed("water")),
-             ("bands", "three, 0.44 to 1.0 um, or red, green, blue", f"centres {low:g} to {high:g} um; widths below "
-              f"{HELD_OUT['narrow']:g} um; red and green both below {HELD_OUT['narrow_rgb']:g} um; order {', '.join(HELD_OUT['order'])}"),
+             ("bands", "three, 0.44 to 1.0 um, or red, green, blue",
+              f"centres {low:g} to {high:g} um; widths below {HELD_OUT['narrow']:g} um; red and green both below "
+              f"{HELD_OUT['narrow_rgb']:g} um; order {', '.join(HELD_OUT['order'])}"),
              ("places", "random", HELD_OUT["region"])]
     return "\n".join(["| what | drawn | held out |", "| --- | --- | --- |", *(f"| {' | '.join(r)} |" for r in rows)])
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #1e030842
+# %% ../../nbs/simulator/08_pretraining.ipynb #a7ae65d9
 _ABOUT = dict(
-    vfm=("mini_vfm", "DINOv3 architecture", "surface reflectance at six wavelengths, NDVI and height above ground, from three bands"),
-    dfm=("mini_dfm", "Depth Anything V2 architecture", "height above ground, log(1 + metres), from red, green and blue"))
+    vfm=("mini_vfm", "DINOv3 architecture",
+         "surface reflectance at six wavelengths, NDVI and height above ground, from three bands"),
+    dfm=("mini_dfm", "Depth Anything V2 architecture",
+         "height above ground, log(1 + metres), from red, green and blue"))
 
 def model_card(
     history: Mapping, # plan, rows, device and results of a run
@@ -635,8 +641,10 @@ def model_card(
     name, architecture, task = _ABOUT[plan["kind"]]
     pool = plan["pool"]
     scenes = pool["groups"] * pool["scenes"]
-    losses = ", ".join(f"{r['loss']:.4f} at {r['step']}" for r in history["rows"][::max(1, len(history["rows"]) // 6)])
-    table = "\n".join(["| on unseen scenes | |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in _result_rows(history["results"]))])
+    shown = history["rows"][::max(1, len(history["rows"]) // 6)]
+    losses = ", ".join(f"{r['loss']:.4f} at {r['step']}" for r in shown)
+    rows = [f"| {a} | {b} |" for a, b in _result_rows(history["results"])]
+    table = "\n".join(["| on unseen scenes | |", "| --- | --- |", *rows])
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -644,13 +652,17 @@ tags: [remote-sensing, simulation-supervised]
 ---
 # {name}
 
-{architecture} at a tiny size, weights in float16. **Simulation-supervised**: it was trained to predict {task}. All images and targets come
-from the simulator of spectralmoe; no class label and no real image was used. It is made for the simulated benchmarks of that package and is no
-substitute for a foundation model pretrained on real images.
+{architecture} at a tiny size, weights in float16. **Simulation-supervised**: it was trained to predict
+{task}. All images and targets come
+from the simulator of spectralmoe; no class label and no real image was used. It is made for the simulated
+benchmarks of that package and is no substitute for a foundation model pretrained on real images.
 
-- data: {scenes:,} places, each seen under two domains ({2 * scenes:,} renderings of {pool['size']} px), pool seed {pool['seed']}, spectralmoe {pool['version']}{_RGB[plan['kind']]}
-- run: {plan['steps']:,} steps of {plan['tokens']:,} tokens (crops of 64, 96, 128 px), seed {plan['seed']}, AdamW, learning rate {plan['lr']:g} (cosine), weight decay 0.05, bfloat16
-- computed on: {history['device']}, {last['seconds'] / 60:.1f} minutes; torch {torch.__version__}, transformers {transformers.__version__}
+- data: {scenes:,} places, each seen under two domains ({2 * scenes:,} renderings of {pool['size']} px),
+  pool seed {pool['seed']}, spectralmoe {pool['version']}{_RGB[plan['kind']]}
+- run: {plan['steps']:,} steps of {plan['tokens']:,} tokens (crops of 64, 96, 128 px), seed {plan['seed']},
+  AdamW, learning rate {plan['lr']:g} (cosine), weight decay 0.05, bfloat16
+- computed on: {history['device']}, {last['seconds'] / 60:.1f} minutes;
+  torch {torch.__version__}, transformers {transformers.__version__}
 - smooth L1, mean over the steps before: {losses}
 - licence: Apache-2.0
 
@@ -673,7 +685,7 @@ def _result_rows(results):
         return rows + [(f"variance explained, {k}", f"{v:.2f}") for k, v in results["explained"].items()]
     return [(f"heights through {s}", f"AUC {v['auc']:.2f}, Spearman {v['spearman']:.2f}") for s, v in results.items()]
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #9cb314b1
+# %% ../../nbs/simulator/08_pretraining.ipynb #2cd166eb
 STEPS = dict(vfm=4_000, dfm=4_500) # fits 90 minutes of two cores, rendering included
 
 class PretrainingRun:
@@ -689,6 +701,8 @@ class PretrainingRun:
         lr: float = 1.5e-3, # highest learning rate
         **size, # dim, n_layers, n_heads, patch_size of another model
     ):
+        if (steps or 1) < 1 or tokens < 1 or not 0 < lr < math.inf: raise ValueError(
+            f"steps={steps}, tokens={tokens}, lr={lr}; expected 1 or more steps and tokens, and a rate above 0")
         self.model, self.pool = new_model(kind, seed, device_of(device), **size), pool
         self.optimiser, self.file = new_optimiser(self.model, lr), Path(folder) / "checkpoint.pt"
         plan = dict(kind=kind, steps=steps or STEPS[kind], seed=seed, tokens=tokens, lr=lr, pool=pool.recipe, size=size)
@@ -696,7 +710,8 @@ class PretrainingRun:
         if not self.file.exists(): return
         state = torch.load(self.file, weights_only=True, map_location="cpu")
         if (found := state["history"]["plan"]) != plan:
-            other = ", ".join(f"{k} {found.get(k)!r} there, {plan.get(k)!r} asked for" for k in sorted({*found, *plan}) if found.get(k) != plan.get(k))
+            other = ", ".join(f"{k} {found.get(k)!r} there, {plan.get(k)!r} asked for"
+                              for k in sorted({*found, *plan}) if found.get(k) != plan.get(k))
             raise ValueError(f"{self.file} belongs to another run: {other}. Give another folder, or delete the file")
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -708,13 +723,14 @@ class PretrainingRun:
         with replacing(self.file) as draft: torch.save(state, draft)
         return self.file
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #87775f2b
+# %% ../../nbs/simulator/08_pretraining.ipynb #62cbc527
 @patch
 def train(self: PretrainingRun,
     every: int = 200, # steps between checkpoints
     progress: Callable | None = print, # is told how far it is, a line at a time
 ) -> dict: # the history, with a row of losses for every checkpoint
     "Steps from where the history ends."
+    if every < 1: raise ValueError(f"every={every}; expected 1 or more steps between checkpoints")
     plan, rows = self.history["plan"], self.history["rows"]
     begun, steps = rows[-1]["step"] if rows else 0, plan["steps"]
     total, start, spent = 0, time.time(), rows[-1]["seconds"] if rows else 0
@@ -729,10 +745,11 @@ def train(self: PretrainingRun,
             total, rate = 0, (step + 1 - begun) / seconds
             self.save()
             if progress: progress(f"{plan['kind']} step {step + 1} of {steps}: loss {rows[-1]['loss']:.4f}, "
-                                  f"{rate * plan['tokens']:,.0f} tokens/s, {(steps - step - 1) / rate / 60:.1f} min to go")
+                                  f"{rate * plan['tokens']:,.0f} tokens/s, "
+                                  f"{(steps - step - 1) / rate / 60:.1f} min to go")
     return self.history
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #21d34e3e
+# %% ../../nbs/simulator/08_pretraining.ipynb #8f307f2e
 @patch
 def measure(self: PretrainingRun,
     folder: str | Path, # with the weights as they were saved
@@ -740,7 +757,8 @@ def measure(self: PretrainingRun,
 ) -> dict: # what `model_card` prints
     "Everything the card reports, on unseen places."
     if isinstance(self.model, HeightModel):
-        seen = {s: probe_scenes(max(1, scenes // 3), s, 10**6) for s in ("gf2", "planetscope", "sentinel2", "aerial_irrg")}
+        sensors = "gf2", "planetscope", "sentinel2", "aerial_irrg"
+        seen = {s: probe_scenes(max(1, scenes // 3), s, 10**6) for s in sensors}
         return {s: height_scores(predict_height(folder, x.images), x.height) for s, x in seen.items()}
     config = self.model.encoder.config
     size = dict(dim=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
@@ -752,7 +770,7 @@ def measure(self: PretrainingRun,
         share = explained(self.model, Pool(other, device=self.pool.images.device), self.pool.statistics)
     return dict(probe=dict(random=random, pretrained=pretrained), explained=share)
 
-# %% ../../nbs/simulator/08_pretraining.ipynb #8784eeb8
+# %% ../../nbs/simulator/08_pretraining.ipynb #68a84518
 def pretrain(
     kind: str, # "vfm" or "dfm"
     pool: str | Path | Pool, # of renderings; a folder from `render_pool`
@@ -773,7 +791,8 @@ def pretrain(
     if not isinstance(pool, Pool): pool = Pool(pool, groups, device, rgb_only=kind == "dfm")
     run = PretrainingRun(kind, pool, folder, steps, seed, device, tokens, lr, **size)
     history = run.train(every, progress)
-    history["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s), {platform.machine()}"
+    history["device"] = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+                         f"{torch.get_num_threads()} CPU thread(s), {platform.machine()}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as draft:
         copy.deepcopy(run.model.encoder).cpu().half().save_pretrained(draft)
         for file in Path(draft).iterdir(): os.replace(file, folder / file.name)

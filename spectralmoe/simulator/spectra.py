@@ -122,9 +122,11 @@ def soil_spectrum(
     if not 0 <= moisture <= 1: raise ValueError(f"moisture {moisture}; expected 0 (dry) to 1 (wet)")
     return _curve(_AT, SOILS[colour]) * (1 - moisture * (0.50 + 0.15 * (WAVELENGTHS - 0.4)))
 
-# %% ../../nbs/simulator/00_spectra.ipynb #4c2e30f0
-_WATER = ((0.40, 0.45, 0.50, 0.55, 0.58, 0.60, 0.65, 0.70, 0.72, 0.74, 0.76, 0.80, 0.83, 0.86, 0.90, 0.93, 0.97, 1.0), # um
-          (0.0066, 0.0092, 0.0204, 0.0565, 0.0896, 0.222, 0.340, 0.624, 1.23, 2.4, 2.6, 2.0, 3.0, 4.5, 6.8, 15.0, 45.0, 36.0)) # absorption, 1/m
+# %% ../../nbs/simulator/00_spectra.ipynb #a3f8d843
+_WATER = ((0.40, 0.45, 0.50, 0.55, 0.58, 0.60, 0.65, 0.70, 0.72, 0.74, 0.76, 0.80, 0.83, 0.86, 0.90,
+           0.93, 0.97, 1.0), # um
+          (0.0066, 0.0092, 0.0204, 0.0565, 0.0896, 0.222, 0.340, 0.624, 1.23, 2.4, 2.6, 2.0, 3.0, 4.5, 6.8,
+           15.0, 45.0, 36.0)) # absorption, 1/m
 
 def water_spectrum(
     algae: float = 3.0, # chlorophyll, mg/m3
