@@ -68,3 +68,11 @@ def test_reports_readme_leads_to_every_page_and_notebook():
     text = (ROOT / "reports" / "README.md").read_text(encoding="utf-8")
     links = set(re.findall(r"\]\(([^)]+)\)", text))
     assert links == {p.relative_to(ROOT / "reports").as_posix() for p in [*ROOT.glob("reports/*/index.html"), *ROOT.glob("reports/**/[!.]*.ipynb")]}
+
+
+@pytest.mark.parametrize("page", ["README.md", "reports/README.md", "nbs/troubleshooting.ipynb", "nbs/index.ipynb"])
+def test_every_link_for_readers_leads_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")}
+    assert not [x for x in links if not (ROOT / page).parent.joinpath(x).exists()]
+    assert page != "README.md" or len(text.splitlines()) <= 120
