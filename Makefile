@@ -1,15 +1,17 @@
-# make demo   trains and judges two methods in minutes and says where to look
-# make test   everything that is tested: the notebooks, then tests/
-# make lab    JupyterLab on the notebooks
-# make check  is the tree what export, clean and the README script make of it?
-# make clean  forget the environment
+# make demo     trains and scores two methods and says where to look
+# make test     everything that is tested: the notebooks, then tests/
+# make reports  what is absent or stale in reports/, made again from records without training
+# make lab      JupyterLab on the notebooks
+# make check    is the tree what export, clean and the README script make of it?
+# make dist     source distribution and wheel in dist/
+# make clean    forget the environment
 PYTHON ?= python3
 BIN := .venv/bin
 # notebooks tested side by side, one thread each
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test notebooks pytest check lab clean
+.PHONY: help install demo test notebooks pytest reports check lab dist clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -35,11 +37,17 @@ notebooks: install
 pytest: install
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
 
+reports: install
+	$(BIN)/spectralmoe reports $(REPORT_FLAGS)
+
 check: install
 	$(BIN)/python tests/check_tree.py
 
 lab: install
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+dist: install
+	$(BIN)/python -m build
 
 clean:
 	rm -rf .venv

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'confusion_matrix', 'iou_per_class', 'Scores', 'score_table', 'plot_confusion', 'evaluate', 'Interval',
-           'interval', 'paired_difference']
+           'interval', 'paired']
 
 # %% ../nbs/20_evaluation.ipynb #edd8a7d7
 import contextlib
@@ -191,13 +191,12 @@ def interval(
     return Interval(x.mean().item(), half_width.item())
 
 # %% ../nbs/20_evaluation.ipynb #78405469
-def paired_difference(
+def paired(
     a: Mapping[int, float], # seed -> score of one method
-    b: Mapping[int, float], # seed -> score of the other, same seeds
+    b: Mapping[int, float], # seed -> score of the other
     level: float = 0.95, # of the interval
-) -> Interval: # of a - b; where it holds 0 the two do not differ significantly
-    "Mean difference of two methods over the seeds they share."
-    if set(a) != set(b):
-        raise ValueError(f"seeds differ: {sorted(set(a) - set(b))} only in a, "
-                         f"{sorted(set(b) - set(a))} only in b; run the missing, or leave it out")
-    return interval([a[seed] - b[seed] for seed in a], level)
+) -> Interval: # of a - b; the two differ significantly where it excludes zero
+    "Mean difference of two methods over the seeds that both have."
+    if not a.keys() & b.keys():
+        raise ValueError(f"no seed in common: a has {sorted(a) or 'none'}, b has {sorted(b) or 'none'}; run both with the same seeds")
+    return interval([a[seed] - b[seed] for seed in a if seed in b], level)

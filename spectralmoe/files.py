@@ -33,11 +33,17 @@ def replacing(
     try:
         yield draft
         os.replace(draft, path)
-    except OSError as error: raise _explained(error, path) from error
+    except Exception as error:
+        if (clear := _explained(error, path)) is error: raise
+        raise clear from error
     finally: draft.unlink(missing_ok=True)
 
 def _explained(error, path):
-    "The same error with the path and the remedy, where the cause is the disk."
+    "The same error with the path and the remedy, where the cause is the disk; torch and safetensors say a full disk in their own words."
+    if not isinstance(error, OSError) or not error.errno:
+        full = "No space left" in str(error) or path.parent.exists() and shutil.disk_usage(path.parent).free < 2**18
+        if not full: return error
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     why = {errno.ENOSPC: "the disk is full: free some space, then run the same again",
            errno.EDQUOT: "your quota is used up: free some space, then run the same again",
            errno.EROFS: "the file system is read-only: choose another folder",
@@ -96,7 +102,9 @@ def building(
         try: (draft / "made").rename(folder)
         except OSError: # another process was first
             if not (folder / complete).exists(): raise
-    except OSError as error: raise _explained(error, folder) from error
+    except Exception as error:
+        if (clear := _explained(error, folder)) is error: raise
+        raise clear from error
     finally:
         if draft: shutil.rmtree(draft, ignore_errors=True)
 
@@ -107,12 +115,13 @@ def only_one(
     doing: str, # for the message of whoever comes second: "training", "preparing flair"
     remedy: str = "wait until it has finished, or choose another folder", # what the second can do
     wait: float = 0.0, # seconds to wait for the other before refusing
+    name: str = "", # of the lock: one folder can have several, each for a job of its own
 ) -> Iterator[None]:
     "Keeps other processes out of a folder during the block; refuses if one is there."
     from filelock import FileLock, Timeout
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock, note = FileLock(folder / ".lock"), folder / ".lock.json"
+    lock, note = FileLock(folder / f".{name}lock"), folder / f".{name}lock.json"
     try: lock.acquire(timeout=wait)
     except Timeout:
         try: said = read_json(note)

@@ -15,11 +15,11 @@ def readme(notebook):
     parts = []
     for cell in nbformat.read(notebook, 4).cells:
         if cell.cell_type == "markdown":
-            parts.append(cell.source.replace("](../", "](").replace('src="../', 'src="'))
+            parts.append(cell.source)
         elif "#| hide" not in cell.source:
             if "#| echo: false" not in cell.source: parts.append(f"```python\n{cell.source}\n```")
             parts += [text for text in map(printed, cell.outputs) if text]
-    return NOTE + "\n" + "\n\n".join(parts).rstrip() + "\n"
+    return NOTE + "\n" + "\n\n".join(parts).rstrip().replace("](../", "](") + "\n" # links seen from the root
 
 
 def printed(output):

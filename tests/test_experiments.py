@@ -5,10 +5,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spectralmoe.reporting.records import RunRecord, pooled_scores
-from spectralmoe.reproduce import read_parameters
+from spectralmoe.reporting.records import RunRecord
 from spectralmoe.reporting.studies import (area_table, curve_area, plot_curves, plot_shift, regime_decision, shift_curves, size_curve, smaller,
-                                 validity_checks)
+                                           validity_checks)
+from spectralmoe.reporting.tables import pooled_scores
+from spectralmoe.reproduce import read_parameters
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "nbs" / "experiments").glob("[!_.]*.ipynb"))
 
@@ -40,7 +41,7 @@ def made(method, seed, benchmark="flair", tiles=64, steps=600, **right):
     return RunRecord("x", benchmark, method, seed, config=dict(train_tiles=tiles, steps=steps), metrics=metrics, status="done")
 
 
-def filed(*records): return {r.path("runs"): r for r in records}
+def filed(*records): return {Path(f"{r.id}.json"): r for r in records}
 
 
 def regime(full_ahead_from, spectralmoe=50):

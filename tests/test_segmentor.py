@@ -269,7 +269,7 @@ def test_onnx(dynamo, no_trace, tmp_path):
 
 
 def test_rows_of_a_table_stand_in_one_order():
-    from spectralmoe.reporting.records import ROWS
+    from spectralmoe.reporting.tables import ROWS
     assert list(ROWS) == [*METHODS, "oracle"]
 
 

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from ..backbones import BACKBONES, Backbone
 from ..benchmarks import BENCHMARKS
 from ..files import few
-from .records import NOTE, RunRecord, results_table
+from .records import RunRecord
+from .tables import NOTE, results_table
 from ..segmentor import METHODS, Segmentor
 
 # %% ../../nbs/reporting/04_card.ipynb #5a24eb53
