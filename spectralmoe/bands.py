@@ -37,7 +37,7 @@ class Band:
             raise ValueError(f"band {self.name!r}: scale {self.scale}; expected a finite number "
                              "other than 0 (1 keeps the digital numbers)")
 
-# %% ../nbs/02_bands.ipynb #8475fa82
+# %% ../nbs/02_bands.ipynb #ccfd7156
 @dataclass(frozen=True, repr=False)
 class Sensor:
     "Bands in the order of the file, and what is known about the product that holds them."
@@ -57,7 +57,7 @@ class Sensor:
         keys = [k for b in self.bands for k in {self._key(n) for n in (b.name, b.common) if n}]
         twice = sorted({k for k in keys if keys.count(k) > 1})
         if twice or not keys: raise ValueError(
-            f"sensor {self.name!r} with bands {few(self.names)}: {f'{few(twice)} occurs twice' if twice else 'no band'}; "
+            f"sensor {self.name!r} with bands {few(self.names)}: {few(twice)} {'occurs twice' if twice else 'no band'}; "
             "expected one band or more, every name and common name once")
         if self.rgb is not None: object.__setattr__(self, "rgb", tuple(self.names[self.index(b)] for b in self.rgb))
 
@@ -74,7 +74,8 @@ class Sensor:
         at = _places(self.names, tuple(b.common for b in self.bands))
         if (key := self._key(band)) in at: return at[key]
         known = [*self.names, *(b.common for b in self.bands if b.common)]
-        raise KeyError(f"sensor {self.name!r} has no band {band!r}; it has {few(map(_label, self.bands), 20)}. {nearest(band, known)}")
+        raise KeyError(f"sensor {self.name!r} has no band {band!r}; it has {few(map(_label, self.bands), 20)}. "
+                       f"{nearest(band, known)}")
 
 @cache
 def _places(names, commons): # asked for every band of every file
@@ -189,7 +190,7 @@ for _name, _order in {"aerial_rgb": "red green blue", "aerial_rgbn": "red green 
     _some = tuple(_air[c] for c in _order.split())
     SENSORS[_name] = Sensor(_name, _some, rgb=tuple(b.name for b in _some[:3]), source=_said)
 
-# %% ../nbs/02_bands.ipynb #a90c9a2b
+# %% ../nbs/02_bands.ipynb #524038eb
 def plot_bands(
     sensors: Iterable[Sensor] | None = None, # what to draw, top to bottom; all of `SENSORS` if None
     ax=None, # matplotlib axes, made if None
@@ -198,8 +199,8 @@ def plot_bands(
     import matplotlib.pyplot as plt
     sensors = list(SENSORS.values() if sensors is None else sensors)
     ax = ax or plt.subplots(figsize=(8, 0.3 * len(sensors) + 1))[1]
-    colours = dict(coastal="indigo", blue="royalblue", green="seagreen", red="crimson", cirrus="skyblue", nir="darkorange",
-                   nir08="orange", nir09="orange", swir16="peru", swir22="saddlebrown")
+    colours = dict(coastal="indigo", blue="royalblue", green="seagreen", red="crimson", cirrus="skyblue",
+                   nir="darkorange", nir08="orange", nir09="orange", swir16="peru", swir22="saddlebrown")
     for y, sensor in enumerate(sensors):
         for b in sensor.bands:
             colour = colours.get(b.common, "deeppink") if b.common else "silver" # pink: red edge
@@ -221,7 +222,7 @@ def as_sensor(
     raise KeyError(f"no sensor {sensor!r}. {nearest(sensor, SENSORS)}; or give your own "
                    "Sensor(name, bands=[Band(name, center_um, width_um), ...])")
 
-# %% ../nbs/02_bands.ipynb #7c3d2c14
+# %% ../nbs/02_bands.ipynb #9513824a
 def match_bands(
     have: Sensor, # the bands of the file, in file order
     want: Sequence[str] | Sensor, # names or common names, or the bands of another sensor
@@ -241,20 +242,21 @@ def match_bands(
     missing = [w for w, i in zip(shown, found) if i is None]
     both = [have.names[i] for i in found if i is not None]
     raise ValueError(
-        f"bands do not match: {have.name!r} has [{few(map(_label, have.bands), 16)}], wanted [{few(shown, 16)}], missing "
-        f"[{few(missing)}]; both have [{few(both)}]: select those for model and data alike, or correct the sensor that "
+        f"bands do not match: {have.name!r} has [{few(map(_label, have.bands), 16)}], wanted [{few(shown, 16)}], "
+        f"missing [{few(missing)}]; both have [{few(both)}]: select those for model and data alike, or correct the sensor that "
         "describes the file")
 
-# %% ../nbs/02_bands.ipynb #6921c97d
-_WORDS = { # what is written, as a pattern -> the first letters of STAC names, and the range in micrometres for bands that have no such name
+# %% ../nbs/02_bands.ipynb #d9da5fc4
+_INFRA = r"(?:swir|short ?wave ?(?:length )?infra ?red|short ?wave ir)"
+_WORDS = { # pattern, tried in this order -> start of the STAC name; um for bands without one, after STAC eo 1.1, widened
     r"coastal(?: aerosol)?(?: blue)?|aerosol|ultra ?blue": ("coastal", 0.40, 0.455),
     r"(?:red|vegetation red) ?edge(?: ?\d)?|re ?\d": ("rededge", 0.68, 0.79),
     r"narrow (?:nir|near ?infra ?red)|(?:nir|near ?infra ?red) narrow|nir ?\d": ("nir", 0.75, 1.4),
     r"n ?ir|v?nir|near ?infra ?red|near ir|infra ?red near": ("nir", 0.75, 1.0),
-    r"(?:swir|short ?wave ?(?:length )?infra ?red) ?1": ("swir16", 1.5, 1.8), r"(?:swir|short ?wave ?(?:length )?infra ?red) ?2": ("swir22", 2.0, 2.4),
-    r"swir|short ?wave ?(?:length )?infra ?red|short ?wave ir": ("swir", 1.4, 2.5), r"infra ?red": (("nir", "swir"), 0.75, 2.5),
+    rf"{_INFRA} ?1": ("swir16", 1.5, 1.8), rf"{_INFRA} ?2": ("swir22", 2.0, 2.4), _INFRA: ("swir", 1.4, 2.5),
+    r"infra ?red": (("nir", "swir"), 0.75, 2.5),
     r"cirrus": ("cirrus", 1.36, 1.39), r"water vapou?r": ("nir09", 0.93, 0.96), r"yellow": ("yellow", 0.58, 0.62),
-    r"blue": ("blue", 0.44, 0.53), r"green": ("green", 0.50, 0.60), r"red": ("red", 0.60, 0.70)} # tried in this order; ranges after STAC eo 1.1, widened
+    r"blue": ("blue", 0.44, 0.53), r"green": ("green", 0.50, 0.60), r"red": ("red", 0.60, 0.70)}
 _UNIT = r"(\d+(?:\.\d+)?)(?: ?[-–] ?(\d+(?:\.\d+)?))? ?(nm|nanomet\w*|um|µm|μm|micromet\w*|microns?)\b"
 
 @patch
@@ -270,10 +272,12 @@ def meant(self: Sensor,
     found, nm = [], [wavelength] if wavelength is not None else []
     for low, high, unit in re.findall(_UNIT, text):
         nm.append((float(low) + float(high or low)) / 2 / (1000 if unit[0] == "n" else 1))
-    if re.fullmatch(r"\d+\.\d+|\d{3,4}", text): nm.append(float(text) / (1000 if float(text) > 100 else 1)) # a number and nothing else
+    if re.fullmatch(r"\d+\.\d+|\d{3,4}", text): nm.append(float(text) / (1000 if float(text) > 100 else 1)) # 665, 0.665
     words = re.sub(r"[\W_]+", " ", re.sub(_UNIT, " ", text)).split()
-    joined = {self._key("".join(words[i:i + n])) for n in (1, 2, 3) for i in range(len(words) - n + 1) if not (words[i] in ("band", "channel") and n > 1)}
-    names = [i for i, name in enumerate(self.names) if len(key := re.sub(r"[\W_]+", "", self._key(name))) > 1 and key in joined]
+    joined = {self._key("".join(words[i:i + n])) for n in (1, 2, 3) for i in range(len(words) - n + 1)
+              if n == 1 or words[i] not in ("band", "channel")}
+    keys = [re.sub(r"[\W_]+", "", self._key(name)) for name in self.names]
+    names = [i for i, key in enumerate(keys) if len(key) > 1 and key in joined]
     if names: found.append(set(names))
     rest = " ".join(words)
     for pattern, (common, low, high) in _WORDS.items():
@@ -284,6 +288,7 @@ def meant(self: Sensor,
         if not called or nm: called |= {i for i, b in enumerate(self.bands) if not b.common and low <= b.center <= high}
         found.append(called)
     for value in nm:
-        away = {i: abs(b.center - value) for i, b in enumerate(self.bands) if abs(b.center - value) <= max(b.width / 2, 0.005)}
+        away = {i: abs(b.center - value) for i, b in enumerate(self.bands)}
+        away = {i: d for i, d in away.items() if d <= max(self.bands[i].width / 2, 0.005)}
         found.append({i for i in away if away[i] <= min(away.values()) + 1e-6})
     return tuple(sorted(set.intersection(*found))) if found else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PERCEPTUAL', 'COMBINE', 'LowRankExperts', 'combine_experts', 'reference_experts']
 
-# %% ../nbs/11_experts.ipynb #dfd25512
+# %% ../nbs/11_experts.ipynb #3e086255
 import math
 
 import torch
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from .gating import Routing
 
-# %% ../nbs/11_experts.ipynb #39ae4ec1
+# %% ../nbs/11_experts.ipynb #8aff7398
 PERCEPTUAL = ("dot", "channel_sums")
 COMBINE = ("sum", "logsumexp")
 
-# %% ../nbs/11_experts.ipynb #7bb0bd0a
+# %% ../nbs/11_experts.ipynb #85c59d12
 class LowRankExperts(nn.Module):
     "E experts, each a vocabulary of m tokens of rank r."
     def __init__(self,
-        dim: int,  # D, width of a token
-        n_experts: int,  # E
-        n_tokens: int,  # m, adaptive tokens per expert; the first is the one that is dropped
-        rank: int,  # r
-        perceptual: str = "dot",  # one of `PERCEPTUAL`
+        dim: int, # D, width of a token
+        n_experts: int, # E
+        n_tokens: int, # m, adaptive tokens per expert; the first is the one that is dropped
+        rank: int, # r
+        perceptual: str = "dot", # one of `PERCEPTUAL`
     ):
         super().__init__()
         if perceptual not in PERCEPTUAL:
@@ -37,30 +37,30 @@ class LowRankExperts(nn.Module):
         self.B = nn.Parameter(torch.zeros(n_experts, rank, dim))
         for a in self.A: nn.init.kaiming_uniform_(a, a=math.sqrt(5))
 
-    def mean_tokens(self) -> Tensor:  # (m, D) T averaged over experts, for the queries of the head
+    def mean_tokens(self) -> Tensor: # (m, D) T averaged over experts, for the queries of the head
         "Vocabulary of the average expert."
         return self.A.transpose(0, 1).flatten(1) @ self.B.flatten(0, 1) / len(self.A)
 
     def basis(self,
-        to_feature: nn.Linear,  # (W_t, b_t), shared by experts, layers and modalities
-    ) -> Tensor:  # (E * r + 1, D)
+        to_feature: nn.Linear, # (W_t, b_t), shared by experts, layers and modalities
+    ) -> Tensor: # (E * r + 1, D)
         "M, the span of everything that the experts can add."
-        return torch.cat([self.B.flatten(0, 1) @ to_feature.weight.mT, to_feature.bias[None]])
+        return torch.cat([self.B.flatten(0, 1) @ to_feature.weight.T, to_feature.bias[None]])
 
     def coefficients(self,
-        tokens: Tensor,  # (T, D)
-        routing: Routing,  # of the same T tokens
-        inner: Tensor | None = None,  # (T, E * r) the products f B^T, when they are there already
-    ) -> Tensor:  # (T, k, E * r + 1) one row for each chosen expert, without its weight
+        tokens: Tensor, # (T, D)
+        routing: Routing, # of the same T tokens
+        inner: Tensor | None = None, # (T, E * r) the products f B^T, when they are there already
+    ) -> Tensor: # (T, k, E * r + 1) one row for each chosen expert, without its weight
         "c, so that c @ basis is what each chosen expert adds."
         e, m, r = self.A.shape
-        own = torch.eye(e, device=self.A.device, dtype=self.A.dtype).repeat_interleave(r, 1)  # (e, e * r)
-        own = nn.functional.pad(own, (0, 1), value=1.0)  # and the column of the sum
-        words = nn.functional.pad(self.A.transpose(0, 1).flatten(1), (0, 1), value=1.0)  # (m, e * r + 1)
-        words = words * (torch.arange(m, device=words.device) > 0)[:, None]  # the sink adds nothing
+        own = torch.eye(e, device=self.A.device, dtype=self.A.dtype).repeat_interleave(r, 1) # (e, e * r)
+        own = nn.functional.pad(own, (0, 1), value=1.0) # and the column of the sum
+        words = nn.functional.pad(self.A.transpose(0, 1).flatten(1), (0, 1), value=1.0) # (m, e * r + 1)
+        words = words * (torch.arange(m, device=words.device) > 0)[:, None] # the sink adds nothing
         if self.perceptual == "dot":
-            inner = tokens @ self.B.flatten(0, 1).mT if inner is None else inner
-            rows = self.A.transpose(1, 2).flatten(0, 1) * self.scale  # (e * r, m)
+            inner = tokens @ self.B.flatten(0, 1).T if inner is None else inner
+            rows = self.A.transpose(1, 2).flatten(0, 1) * self.scale # (e * r, m)
             logits = lambda mask, _: (inner * mask[:, :-1]) @ rows
         else:
             sums, word_sums = tokens.sum(-1, keepdim=True), (self.A @ self.B.sum(-1, keepdim=True))[..., 0]
@@ -68,35 +68,36 @@ class LowRankExperts(nn.Module):
         chosen = [(own[i], i) for i in routing.indices.unbind(-1)]
         return torch.stack([logits(*c).softmax(-1) @ words * c[0] for c in chosen], 1)
 
-# %% ../nbs/11_experts.ipynb #d2636970
+# %% ../nbs/11_experts.ipynb #c1965f62
 def combine_experts(
-    outputs: Tensor,  # (T, k, D) what each chosen expert adds
-    weights: Tensor,  # (T, k) gate weights
-    combine: str = "sum",  # one of `COMBINE`
-) -> Tensor:  # (T, D)
+    outputs: Tensor, # (T, k, D) what each chosen expert adds
+    weights: Tensor, # (T, k) gate weights
+    combine: str = "sum", # one of `COMBINE`
+) -> Tensor: # (T, D)
     "One correction from the corrections of k experts."
     if combine == "sum": return (outputs * weights[..., None]).sum(1)
     if combine != "logsumexp":
         raise ValueError(f"combine={combine!r} is not known; expected one of {COMBINE}")
     if outputs.shape[1] == 1: return outputs[:, 0] + weights.log()
-    total = (outputs.exp() * weights[..., None]).sum(1)
+    sent = weights[..., None] != 0 # what is not sent must not overflow either
+    total = (outputs.masked_fill(~sent, -torch.inf).exp() * weights[..., None]).sum(1)
     return total.masked_fill(total == 0, torch.finfo(torch.float64).eps).log()
 
-# %% ../nbs/11_experts.ipynb #664da36a
+# %% ../nbs/11_experts.ipynb #749a8d37
 def reference_experts(
-    experts: LowRankExperts,  # supplies A, B and the kind of perceptual map
-    tokens: Tensor,  # (T, D)
-    routing: Routing,  # of the same T tokens
-    to_feature: nn.Linear,  # (W_t, b_t)
-    combine: str = "sum",  # one of `COMBINE`
-) -> Tensor:  # (T, D) the correction of every token
+    experts: LowRankExperts, # supplies A, B and the kind of perceptual map
+    tokens: Tensor, # (T, D)
+    routing: Routing, # of the same T tokens
+    to_feature: nn.Linear, # (W_t, b_t)
+    combine: str = "sum", # one of `COMBINE`
+) -> Tensor: # (T, D) the correction of every token
     "The definition, one expert after the other."
     outputs = tokens.new_zeros(*routing.indices.shape, tokens.shape[-1])
     for e, (A, B) in enumerate(zip(experts.A, experts.B)):
         t, slot = (routing.indices == e).nonzero(as_tuple=True)
-        f, words = tokens[t], A @ B  # (n, d), (m, d)
-        if experts.perceptual == "dot": logits = f @ words.mT
+        f, words = tokens[t], A @ B # (n, d), (m, d)
+        if experts.perceptual == "dot": logits = f @ words.T
         else: logits = f.sum(-1, keepdim=True) * words.sum(-1)
         a = (logits / math.sqrt(tokens.shape[-1])).softmax(-1)
-        outputs = outputs.index_put((t, slot), a[:, 1:] @ to_feature(words[1:]))
-    return combine_experts(outputs, routing.weights, combine)
+        outputs = outputs.index_put((t, slot), (a[:, 1:] @ to_feature(words[1:])).to(outputs.dtype)) # autocast may have cast it
+    return combine_experts(outputs, routing.weights.to(outputs.dtype), combine)

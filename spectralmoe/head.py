@@ -7,7 +7,7 @@ __all__ = ['pyramid_blocks', 'feature_pyramid', 'check_labels', 'class_masks', '
            'init_deformable_', 'init_mask2former_', 'query_states', 'Predictions', 'matching_loss', 'Mask2FormerHead',
            'pixel_cross_entropy', 'DenseHead', 'PixelShuffleHead', 'RawConvHead']
 
-# %% ../nbs/15_head.ipynb #7aca32c9
+# %% ../nbs/15_head.ipynb #ee151e97
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,20 +18,21 @@ from torch.nn import functional as F
 
 from .benchmarks import IGNORE
 
-# %% ../nbs/15_head.ipynb #7ba28ff9
+# %% ../nbs/15_head.ipynb #15e4f6e7
 def pyramid_blocks(
-    n_layers: int,  # number of blocks in the backbone
-) -> tuple[int, ...]:  # four block positions, counted from zero
+    n_layers: int, # number of blocks in the backbone
+) -> tuple[int, ...]: # four block positions, counted from zero
     "Blocks at 8/24, 12/24, 16/24 and 24/24 of the depth."
     return tuple(max(round(n_layers * fraction / 24), 1) - 1 for fraction in (8, 12, 16, 24))
 
-# %% ../nbs/15_head.ipynb #057a09d4
+# %% ../nbs/15_head.ipynb #03b2fcdd
 def feature_pyramid(
-    tokens: Sequence[Tensor],  # after each block, (B, N, D) patch tokens row by row
-    grid: tuple[int, int],  # rows and columns of the token grid, N = rows * columns
-    blocks: Sequence[int] | None = None,  # which blocks, one per map; None: `pyramid_blocks`
-    scales: Sequence[float] = (4, 2, 1, 0.5),  # size of each map in token grids
-) -> list[Tensor]:  # (B, D, h, w) maps in the order of `scales`
+    tokens: Sequence[Tensor], # after each block, (B, N, D) patch tokens row by row
+    grid: tuple[int, int], # rows and columns of the token grid, N = rows * columns
+    blocks: Sequence[int] | None = None, # which blocks, one per map; None: `pyramid_blocks`
+    scales: Sequence[float] = (4, 2, 1, 0.5), # size of each map in token grids
+    by_factor: bool = False, # True: cells lie 1 / scale tokens apart, on odd grids too (released)
+) -> list[Tensor]: # (B, D, h, w) maps in the order of `scales`
     "Tokens of four blocks as maps of four sizes (method of Rein, Wei et al. 2024)."
     rows, columns = grid
     if tokens[0].shape[1] != rows * columns:
@@ -39,14 +40,19 @@ def feature_pyramid(
                          "drop class and register tokens first, and pass Backbone.grid(h, w)")
     maps = [tokens[block].transpose(1, 2).unflatten(2, (rows, columns))
             for block in blocks or pyramid_blocks(len(tokens))]
-    sizes = [(max(int(rows * s), 1), max(int(columns * s), 1)) for s in scales]
-    return [m if size == (rows, columns) else F.interpolate(m, size, mode="bilinear")
-            for m, size in zip(maps, sizes)]
+    out = []
+    for m, s in zip(maps, scales):
+        if s == int(s): h, w = rows * int(s), columns * int(s)
+        else: h, w = (torch.sym_max(n // round(1 / s) if s == 1 / round(1 / s) else int(n * s), 1) for n in grid)
+        if s == 1: out.append(m)
+        elif by_factor and min(rows * s, columns * s) >= 1: out.append(F.interpolate(m, scale_factor=s, mode="bilinear"))
+        else: out.append(F.interpolate(m, (h, w), mode="bilinear"))
+    return out
 
-# %% ../nbs/15_head.ipynb #4aa7d846
+# %% ../nbs/15_head.ipynb #bfb2b6cc
 def check_labels(
-    labels: Tensor,  # class indices and IGNORE, any shape
-    n_classes: int,  # K, classes are 0..K-1
+    labels: Tensor, # class indices and IGNORE, any shape
+    n_classes: int, # K, classes are 0..K-1
 ) -> None:
     "Refuse labels that no class stands for."
     known = (labels == IGNORE) | (labels >= 0) & (labels < n_classes)
@@ -55,43 +61,48 @@ def check_labels(
                          f"classes 0..{n_classes - 1} and {IGNORE} (ignored): "
                          "map file values with label_map")
 
-# %% ../nbs/15_head.ipynb #d12c0090
+# %% ../nbs/15_head.ipynb #51a6b500
 def class_masks(
-    labels: Tensor,  # (B, H, W) class indices, IGNORE where unknown
-) -> tuple[list[Tensor], list[Tensor]]:  # per image: (n, H, W) masks of 0 and 1, (n,) their classes
+    labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
+) -> tuple[list[Tensor], list[Tensor]]: # per image: (n, H, W) masks of 0 and 1, (n,) their classes
     "One binary mask per class present in each image."
     classes = [image.unique() for image in labels]
     classes = [present[present != IGNORE] for present in classes]
     return [(i == c[:, None, None]).float() for i, c in zip(labels, classes)], classes
 
-# %% ../nbs/15_head.ipynb #1aeead1f
+# %% ../nbs/15_head.ipynb #13e5e897
 def query_scores(
-    classes: Tensor,  # (B, Q, K + 1) class logits of each query, last "no object"
-    masks: Tensor,  # (B, Q, h, w) mask logits of each query
-    size: tuple[int, int],  # (H, W) of the image
-) -> Tensor:  # (B, K, H, W) scores, not negative; they need not sum to one
+    classes: Tensor, # (B, Q, K + 1) class logits of each query, last "no object"
+    masks: Tensor, # (B, Q, h, w) mask logits of each query
+    size: tuple[int, int], # (H, W) of the image
+) -> Tensor: # (B, K, H, W) scores, not negative; they need not sum to one
     "Semantic scores of a set of masks (Cheng et al. 2022, as computed in mmseg)."
     masks = F.interpolate(masks.float(), size, mode="bilinear").sigmoid()
     return torch.einsum("bqk,bqhw->bkhw", classes.float().softmax(-1)[..., :-1], masks)
 
-# %% ../nbs/15_head.ipynb #1ab68a7a
+# %% ../nbs/15_head.ipynb #4a6be713
 def mask2former_config(
-    n_classes: int,  # K
-    n_queries: int = 100,  # Q, equal to the experts' tokens m when linked
-    hidden: int = 256,  # width of maps, masks and queries; a multiple of 32 and of n_heads
-    encoder_layers: int = 6,  # deformable attention layers over the three coarse maps
-    decoder_layers: int = 9,  # masked attention layers over the queries
-    n_heads: int = 8,  # attention heads in both
-    encoder_width: int = 1024,  # feed-forward width in the encoder
-    decoder_width: int = 2048,  # feed-forward width in the decoder
-    n_points: int = 12544,  # points at which masks are compared, in matching and in the loss
-    oversample: float = 3.0,  # candidates drawn per point, of which the most uncertain are kept
-    importance: float = 0.75,  # share of points chosen by uncertainty, the rest is random
-    loss_weights: Sequence[float] = (2.0, 5.0, 5.0),  # of class, mask and dice loss
-    no_object: float = 0.1,  # weight of unmatched queries in the class loss
-) -> object:  # the library's Mask2FormerConfig
+    n_classes: int, # K
+    n_queries: int = 100, # Q, equal to the experts' tokens m when linked
+    hidden: int = 256, # width of maps, masks and queries; a multiple of 32 and of n_heads
+    encoder_layers: int = 6, # deformable attention layers over the three coarse maps
+    decoder_layers: int = 9, # masked attention layers over the queries
+    n_heads: int = 8, # attention heads in both
+    encoder_width: int = 1024, # feed-forward width in the encoder
+    decoder_width: int = 2048, # feed-forward width in the decoder
+    n_points: int = 12544, # points at which masks are compared, in matching and in the loss
+    oversample: float = 3.0, # candidates drawn per point, of which the most uncertain are kept
+    importance: float = 0.75, # share of points chosen by uncertainty, the rest is random
+    loss_weights: Sequence[float] = (2.0, 5.0, 5.0), # of class, mask and dice loss
+    no_object: float = 0.1, # weight of unmatched queries in the class loss
+) -> object: # the library's Mask2FormerConfig
     "Sizes and loss weights of a Mask2Former, the paper's by default."
     from transformers import Mask2FormerConfig
+    for name, n in dict(n_classes=n_classes, n_queries=n_queries, hidden=hidden, encoder_layers=encoder_layers, n_heads=n_heads,
+                        decoder_layers=decoder_layers, encoder_width=encoder_width, decoder_width=decoder_width, n_points=n_points).items():
+        if type(n) is not int or n < 1: raise ValueError(f"{name} = {n!r}; expected a whole number of at least 1")
+    if not (oversample >= 1 and 0 <= importance <= 1):
+        raise ValueError(f"oversample = {oversample}, importance = {importance}; expected at least 1, and a share from 0 to 1")
     if hidden % 32 or hidden % n_heads:
         raise ValueError(f"hidden = {hidden} is not a multiple of 32 (group norm) and of "
                          f"n_heads = {n_heads}: take {math.lcm(32, n_heads)} or a multiple of it")
@@ -104,9 +115,9 @@ def mask2former_config(
         mask_weight=loss_weights[1], dice_weight=loss_weights[2], no_object_weight=no_object,
         dropout=0.0)
 
-# %% ../nbs/15_head.ipynb #5114c1c3
+# %% ../nbs/15_head.ipynb #6ed445b5
 def init_deformable_(
-    attention: nn.Module,  # the library's multi-scale deformable attention
+    attention: nn.Module, # the library's multi-scale deformable attention
 ) -> None:
     "Sampling points as a star: one direction per head, 1, 2, ... cells far (Zhu et al. 2021)."
     angles = torch.arange(attention.n_heads) * (2 * math.pi / attention.n_heads)
@@ -123,10 +134,10 @@ def init_deformable_(
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
 
-# %% ../nbs/15_head.ipynb #16564116
+# %% ../nbs/15_head.ipynb #d98bbc2f
 def init_mask2former_(
-    pixel_decoder: nn.Module,  # the library's Mask2FormerPixelDecoder
-    transformer: nn.Module,  # the library's Mask2FormerTransformerModule
+    pixel_decoder: nn.Module, # the library's Mask2FormerPixelDecoder
+    transformer: nn.Module, # the library's Mask2FormerTransformerModule
 ) -> None:
     "First weights by mmdet's rules; what is not named keeps PyTorch's default."
     encoder, decoder = pixel_decoder.encoder.layers, transformer.decoder.layers
@@ -149,22 +160,22 @@ def init_mask2former_(
     nn.init.zeros_(pixel_decoder.mask_projection.bias)
     nn.init.normal_(pixel_decoder.level_embed)
 
-# %% ../nbs/15_head.ipynb #5ca53905
+# %% ../nbs/15_head.ipynb #783c37e3
 def query_states(
-    pixel_decoder: nn.Module,  # the library's Mask2FormerPixelDecoder
-    transformer: nn.Module,  # the library's Mask2FormerTransformerModule
-    features: Sequence[Tensor],  # four (B, D, h, w) maps, fine to coarse
-    positions: Tensor,  # (Q, hidden) position of each query
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # (Q, B, hidden) states, (B, Q, h, w) masks
+    pixel_decoder: nn.Module, # the library's Mask2FormerPixelDecoder
+    transformer: nn.Module, # the library's Mask2FormerTransformerModule
+    features: Sequence[Tensor], # four (B, D, h, w) maps, fine to coarse
+    positions: Tensor, # (Q, hidden) position of each query
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]: # (Q, B, hidden) states, (B, Q, h, w) masks
     "What each query holds and covers, before the first and after every decoder layer."
-    def per_image(table): return table[:, None].expand(-1, len(features[0]), -1)
+    def per_image(table): return table[:, None].expand(-1, features[0].shape[0], -1)
     pixels = pixel_decoder(list(features))
     memories, places = [], []
     for level, m in enumerate(pixels.multi_scale_features):
         place = transformer.position_embedder(m.shape, m.device, m.dtype)
         memory = transformer.input_projections[level](m)
         memory = memory + transformer.level_embed.weight[level, :, None, None]
-        places.append(place.flatten(2).permute(2, 0, 1))  # (hw, b, hidden)
+        places.append(place.flatten(2).permute(2, 0, 1)) # (hw, b, hidden)
         memories.append(memory.flatten(2).permute(2, 0, 1))
     said = transformer.decoder(
         inputs_embeds=per_image(transformer.queries_features.weight),
@@ -174,21 +185,22 @@ def query_states(
         feature_size_list=[m.shape[-2:] for m in pixels.multi_scale_features])
     return said.intermediate_hidden_states, said.masks_queries_logits
 
-# %% ../nbs/15_head.ipynb #69fe5fe4
+# %% ../nbs/15_head.ipynb #874c94e0
 class Predictions(NamedTuple):
-    "What the queries say, before the first and after every decoder layer; the last one counts."
-    classes: tuple[Tensor, ...]  # each (B, Q, K + 1) logits, last "no object"
-    masks: tuple[Tensor, ...]  # each (B, Q, h, w) logits at the size of the finest map
+    "What the queries predict, before the first and after every decoder layer; the last one counts."
+    classes: tuple[Tensor, ...] # each (B, Q, K + 1) logits, last "no object"
+    masks: tuple[Tensor, ...] # each (B, Q, h, w) logits at the size of the finest map
 
-# %% ../nbs/15_head.ipynb #4e2d19c4
+# %% ../nbs/15_head.ipynb #55b651ce
 def matching_loss(
-    criterion: nn.Module,  # the library's Mask2FormerLoss
-    output: Predictions,  # what the queries say
-    labels: Tensor,  # (B, H, W) class indices, IGNORE where unknown
-) -> dict[str, Tensor]:  # "loss" and its parts, weighted, each summed over all predictions
+    criterion: nn.Module, # the library's Mask2FormerLoss
+    output: Predictions, # what the queries predict
+    labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
+) -> dict[str, Tensor]: # "loss" and its parts, weighted, each summed over all predictions
     "Class, mask and dice loss after matching (Cheng et al. 2022)."
     check_labels(labels, criterion.num_labels)
     masks, classes = class_masks(labels)
+    criterion.float() # its class weights, where the model was cast
     with torch.autocast(labels.device.type, enabled=False):
         said = [{"class_queries_logits": c.float(), "masks_queries_logits": m.float()}
                 for c, m in zip(*output)]
@@ -198,17 +210,17 @@ def matching_loss(
               for name, weight in criterion.weight_dict.items()}
     return {"loss": sum(losses.values()), **losses}
 
-# %% ../nbs/15_head.ipynb #fbb800e6
+# %% ../nbs/15_head.ipynb #235ed76a
 class Mask2FormerHead(nn.Module):
     "Mask2Former on four maps, with external or learned query positions (Cheng et al. 2022)."
 
     def __init__(
         self,
-        in_dim: int,  # D, channels of each of the four maps
-        n_classes: int,  # K
-        linked: bool = True,  # query positions come from outside: the experts
-        scales: Sequence[float] = (4, 2, 1, 0.5),  # of the maps it wants, in token grids, fine to coarse
-        **sizes,  # arguments of `mask2former_config`
+        in_dim: int, # D, channels of each of the four maps
+        n_classes: int, # K
+        linked: bool = True, # query positions come from outside: the experts
+        scales: Sequence[float] = (4, 2, 1, 0.5), # of the maps it wants, in token grids, fine to coarse
+        **sizes, # arguments of `mask2former_config`
     ):
         from transformers.models.mask2former import modeling_mask2former as library
         super().__init__()
@@ -224,25 +236,33 @@ class Mask2FormerHead(nn.Module):
         self.criterion = library.Mask2FormerLoss(config, {
             "loss_cross_entropy": config.class_weight, "loss_mask": config.mask_weight,
             "loss_dice": config.dice_weight})
+        self.criterion.register_buffer("empty_weight", self.criterion.empty_weight, persistent=False) # made from n_classes
         init_mask2former_(self.pixel_decoder, self.transformer)
         if linked:
             del self.transformer.queries_embedder
 
     def forward(
         self,
-        features: Sequence[Tensor],  # four (B, D, h, w) maps, fine to coarse
-        queries: Tensor | None = None,  # (n_queries, query_dim) positions if linked, else None
-    ) -> Predictions:  # one more than decoder layers
-        "What every query says about the image."
+        features: Sequence[Tensor], # four (B, D, h, w) maps, fine to coarse
+        queries: Tensor | None = None, # (n_queries, query_dim) positions if linked, else None
+    ) -> Predictions: # one more than decoder layers
+        "The class and mask that every query predicts."
         wanted = (self.n_queries, self.query_dim) if self.wants_queries else None
         given = None if queries is None else tuple(queries.shape)
         if given != wanted:
             raise ValueError(f"queries are {given}, this head takes {wanted}: linked=True needs "
                              "adapter.queries() (n_queries = n_tokens, hidden = query_dim), "
                              "linked=False takes none")
+        if self.query_dim == 32 and any(m.shape[-2:].numel() == 1 for m in features): raise ValueError(
+            f"maps are {', '.join(' x '.join(map(str, m.shape[-2:])) for m in features)} cells: with hidden = 32 a map of one cell "
+            "has one value per group, which the group norm makes constant; give larger images, or hidden = 64")
         positions = self.transformer.queries_embedder.weight if queries is None else queries
         states, masks = query_states(self.pixel_decoder, self.transformer, features, positions)
         return Predictions(tuple(self.classifier(s.transpose(0, 1)) for s in states), tuple(masks))
+
+    def _load_from_state_dict(self, state_dict, prefix, *more):
+        state_dict.pop(f"{prefix}criterion.empty_weight", None) # held by states of version 0.1
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def logits(self, output: Predictions, size: tuple[int, int]) -> Tensor:
         "Class scores (B, K, H, W) of the last predictions: `query_scores`."
@@ -252,47 +272,47 @@ class Mask2FormerHead(nn.Module):
         "Losses of all predictions against labels (B, H, W): `matching_loss`."
         return matching_loss(self.criterion, output, labels)
 
-# %% ../nbs/15_head.ipynb #a44f8ccf
+# %% ../nbs/15_head.ipynb #12c4e40c
 def pixel_cross_entropy(
-    logits: Tensor,  # (B, K, H, W) class logits
-    labels: Tensor,  # (B, H, W) class indices, IGNORE where unknown
-) -> Tensor:  # scalar, mean over the labelled pixels, 0 if there are none
+    logits: Tensor, # (B, K, H, W) class logits
+    labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
+) -> Tensor: # scalar, mean over the labelled pixels, 0 if there are none
     "Cross entropy over labelled pixels."
     check_labels(labels, logits.shape[1])
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)
 
-# %% ../nbs/15_head.ipynb #8e559ef8
+# %% ../nbs/15_head.ipynb #defb3038
 class DenseHead(nn.Module):
     "Base of heads whose output is a map of class logits (B, K, h, w)."
     wants_queries, n_queries, query_dim = False, 0, 0
 
     def logits(
         self,
-        output: Tensor,  # (B, K, h, w) what the head returned
-        size: tuple[int, int],  # (H, W) of the image
-    ) -> Tensor:  # (B, K, H, W) class logits
+        output: Tensor, # (B, K, h, w) what the head returned
+        size: tuple[int, int], # (H, W) of the image
+    ) -> Tensor: # (B, K, H, W) class logits
         "Class logits resized to the image, bilinear."
         return F.interpolate(output, size, mode="bilinear")
 
     def loss(
         self,
-        output: Tensor,  # (B, K, h, w) what the head returned
-        labels: Tensor,  # (B, H, W) class indices, IGNORE where unknown
-    ) -> dict[str, Tensor]:  # "loss", a scalar
+        output: Tensor, # (B, K, h, w) what the head returned
+        labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
+    ) -> dict[str, Tensor]: # "loss", a scalar
         "Cross entropy at the size of the labels."
         return {"loss": pixel_cross_entropy(self.logits(output, labels.shape[-2:]), labels)}
 
-# %% ../nbs/15_head.ipynb #40087f7c
+# %% ../nbs/15_head.ipynb #8577efff
 class PixelShuffleHead(DenseHead):
     "One linear layer from four blocks to a small square of class logits per token."
     scales = (1, 1, 1, 1)
 
     def __init__(
         self,
-        in_dim: int,  # D, channels of each map
-        n_classes: int,  # K
-        patch_size: int,  # pixels per token side; fixes the block: at stride 2 to 4 px
+        in_dim: int, # D, channels of each map
+        n_classes: int, # K
+        patch_size: int, # pixels per token side; fixes the block: at stride 2 to 4 px
     ):
         super().__init__()
         self.block = max(patch_size // 4, min(4, patch_size // 2))
@@ -300,32 +320,33 @@ class PixelShuffleHead(DenseHead):
 
     def forward(
         self,
-        features: Sequence[Tensor],  # four (B, D, h, w) maps
-        queries: None = None,  # not used
-    ) -> Tensor:  # (B, K, block * h, block * w) class logits
+        features: Sequence[Tensor], # four (B, D, h, w) maps
+        queries: None = None, # not used
+    ) -> Tensor: # (B, K, block * h, block * w) class logits
         "A block of class logits per token."
-        normal = [F.layer_norm(m.movedim(1, -1), m.shape[1:2]).movedim(-1, 1) for m in features]
+        normal = [F.layer_norm(m.permute(0, 2, 3, 1), (self.linear.in_channels // 4,)).permute(0, 3, 1, 2) for m in features]
         return F.pixel_shuffle(self.linear(torch.cat(normal, 1)), self.block)
 
-# %% ../nbs/15_head.ipynb #591c01c7
+# %% ../nbs/15_head.ipynb #fb4828bf
 class RawConvHead(DenseHead):
     "3 x 3 convolution, ReLU, 1 x 1 convolution on the image itself."
     scales = None
 
     def __init__(
         self,
-        in_bands: int,  # C, bands of the image
-        n_classes: int,  # K
-        width: int = 64,  # channels between the two convolutions
+        in_bands: int, # C, bands of the image
+        n_classes: int, # K
+        width: int = 64, # channels between the two convolutions
     ):
         super().__init__()
+        if type(width) is not int or width < 1: raise ValueError(f"width={width!r}; expected a whole number of at least 1")
         self.layers = nn.Sequential(nn.Conv2d(in_bands, width, 3, padding=1), nn.ReLU(),
                                     nn.Conv2d(width, n_classes, 1))
 
     def forward(
         self,
-        features: Tensor,  # (B, C, H, W) the images themselves
-        queries: None = None,  # not used
-    ) -> Tensor:  # (B, K, H, W) class logits
+        features: Tensor, # (B, C, H, W) the images themselves
+        queries: None = None, # not used
+    ) -> Tensor: # (B, K, H, W) class logits
         "Class logits at full resolution."
         return self.layers(features)

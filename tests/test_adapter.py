@@ -114,7 +114,52 @@ def test_bfloat16_autocast_keeps_the_stream_and_the_routing():
     assert all(p.grad.isfinite().all() for p in adapter.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("switches", [{}, dict(fusion="diagonal", perceptual="channel_sums", combine="logsumexp", top_k=2)])
+RELEASED_K2 = dict(fusion="diagonal", perceptual="channel_sums", combine="logsumexp", gate_weighting="none", top_k=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("switches", [{}, dict(top_k=2, gating="softmax"), dict(p=1.0, fusion="structure_guided"), RELEASED_K2])
+def test_a_cast_adapter_computes_within_its_precision(switches, dtype):
+    "`half()` and `bfloat16()`: the choice of experts as in float32, values within the type, finite gradients."
+    cast, exact = trained(**switches).eval().to(dtype), trained(**switches).eval()
+    exact.load_state_dict({k: v.float() for k, v in cast.state_dict().items()})
+    visual, depth = torch.randn(B, N, D).to(dtype), torch.randn(B, N, D).to(dtype)
+    truth = exact(visual.float(), depth.float())
+    for form in (cast, cast.reference):
+        out = form(visual, depth)
+        assert torch.equal(out.routing["visual"].indices, truth.routing["visual"].indices)
+        assert (out.tokens - truth.tokens).norm() < 8 * torch.finfo(dtype).eps * truth.tokens.norm()
+    cast.train()(visual, depth).tokens.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in cast.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("switches", [{}, RELEASED_K2])
+def test_the_plain_form_runs_under_autocast(switches):
+    adapter, visual, depth = trained(**switches).eval(), torch.randn(B, N, D), torch.randn(B, N, D)
+    full = adapter.reference(visual, depth)
+    with torch.autocast("cpu", torch.bfloat16): half = adapter.reference(visual, depth)
+    assert half.tokens.dtype == torch.float32 and (half.tokens - full.tokens).norm() < 0.02 * full.tokens.norm()
+
+
+def test_an_expert_whose_gate_is_zero_is_left_out_as_released():
+    "Two experts chosen, one gate value underflowed: the released code dispatches the token to the other one alone."
+    adapter = trained(**{**RELEASED_K2, "n_experts": 2}).eval()
+    for gate in adapter.gates[0].values():
+        gate.weight.data[0], gate.weight.data[1] = 0.0, 1e3
+    visual, depth = torch.randn(B, N, D), torch.randn(B, N, D)
+    alone = trained(**{**RELEASED_K2, "n_experts": 2, "top_k": 1}).eval()
+    alone.load_state_dict(adapter.state_dict())
+    for form in ("forward", "reference"):
+        two, one = (getattr(a, form)(visual, depth) for a in (adapter, alone))
+        torch.testing.assert_close(two.tokens, one.tokens)
+        assert two.routing["visual"].load.tolist() == one.routing["visual"].load.tolist() == [B * N, 0]
+        assert (two.routing["visual"].indices.sort().values == torch.tensor([0, 1])).all(), "both are named, one has weight 0"
+    kept = trained(**{**RELEASED_K2, "n_experts": 2, "gate_weighting": "topk"}).eval()
+    kept.load_state_dict(adapter.state_dict())
+    assert kept(visual, depth).routing["visual"].load.tolist() == [B * N, B * N], "the paper's reading counts what was chosen"
+
+
+@pytest.mark.parametrize("switches", [{}, RELEASED_K2])
 def test_compiles_as_one_graph(switches):
     "No graph break, same values and gradients; the backend that needs no C++ compiler."
     adapter = trained(**switches)

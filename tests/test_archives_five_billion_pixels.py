@@ -1,20 +1,21 @@
-"What the page of Five-Billion-Pixels and FLAIR does not show: every option, every broken copy, archives against folders."
+"What the page of Five-Billion-Pixels does not show: every option, every broken copy, archives against folders."
 import shutil
 import tracemalloc
-import warnings
 import zipfile
 
 import numpy as np
 import pytest
 import rasterio
 
-from spectralmoe.archives import five_billion_pixels as room
-from spectralmoe.archives.recipes import list_members, prepare_with, read_manifest, verify_folder
-from spectralmoe.archives.five_billion_pixels import (CITY_SCENES, FBP_BROKEN, FBP_CLASSES, FBP_CROSS_REGION, FBP_CROSS_SENSOR, FBP_TEST, FLAIR,
-                                       FLAIR_BROKEN, FLAIR_TEST, FLAIR_TRAIN, write_fbp_cross_region, write_fbp_cross_sensor,
-                                       write_fbp_scene, write_flair)
+from spectralmoe.archives import five_billion_pixels as fbp
+from spectralmoe.archives.five_billion_pixels import (CITY_SCENES, FBP_BROKEN, FBP_CLASSES, FBP_CROSS_REGION, FBP_CROSS_SENSOR, FBP_TEST,
+                                                      write_fbp_cross_region, write_fbp_cross_sensor, write_fbp_scene)
+from spectralmoe.archives.fixtures import patchwork
+from spectralmoe.archives.recipes import PrepareWarning, list_members, prepare_with
+from spectralmoe.reading.manifest import read_manifest, verify_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
+              pytest.mark.filterwarnings("ignore:.*published:spectralmoe.archives.recipes.PrepareWarning")]
 ONE = {"targets": FBP_TEST[1]}
 
 
@@ -24,10 +25,6 @@ def region(tmp_path_factory): return write_fbp_cross_region(tmp_path_factory.mkt
 
 @pytest.fixture(scope="module")
 def sensors(tmp_path_factory): return write_fbp_cross_sensor(tmp_path_factory.mktemp("sensors"), scenes=1)
-
-
-@pytest.fixture(scope="module")
-def aerial(tmp_path_factory): return write_flair(tmp_path_factory.mktemp("aerial"))
 
 
 def made(recipe, there, to, **options):
@@ -49,9 +46,9 @@ def first(folder, pattern): return next(iter(sorted(folder.rglob(pattern))))
 
 def test_every_known_scene_is_read_by_name():
     for stem in (*FBP_TEST, *(s for stems in CITY_SCENES.values() for s in stems)):
-        assert room._FBP_NAME.fullmatch(f"{stem}.tif")["stem"] == stem
-        assert room._FBP_NAME.fullmatch(f"{stem}_dense.tif")["stem"] == stem
-    assert room._FBP_NAME.fullmatch("GF2_PMS1_L1A0001064454-MSS1.tif") is None  # one underscore
+        assert fbp._FBP_NAME.fullmatch(f"{stem}.tif")["stem"] == stem
+        assert fbp._FBP_NAME.fullmatch(f"{stem}_dense.tif")["stem"] == stem
+    assert fbp._FBP_NAME.fullmatch("GF2_PMS1_L1A0001064454-MSS1.tif") is None  # one underscore
 
 
 def test_default_targets_are_24_of_the_published_30():
@@ -61,7 +58,6 @@ def test_default_targets_are_24_of_the_published_30():
 
 def test_unconfirmed_options_say_so():
     assert "UNCONFIRMED" in FBP_CROSS_REGION.options["targets"].help and "UNCONFIRMED" in FBP_CROSS_SENSOR.options["crop"].help
-    assert "UNCONFIRMED" in FLAIR.options["target"].help and "UNCONFIRMED" in FLAIR.access
 
 
 def test_labels_whose_suffix_was_dropped_are_found(region, tmp_path):
@@ -83,12 +79,12 @@ def test_archive_and_what_was_unpacked_from_it_are_not_both_taken(region, tmp_pa
     with pytest.raises(ValueError, match="is there twice"): made(FBP_CROSS_REGION, tmp_path / "in", tmp_path / "out", **ONE)
 
 
-def test_labels_without_images_are_left_out_aloud(region, tmp_path):
+def test_labels_without_images_are_left_out_with_a_warning(region, tmp_path):
     shutil.copytree(region, tmp_path / "in")
     for path in (tmp_path / "in").rglob(f"{FBP_TEST[2]}.tif*"): path.unlink()
-    with pytest.warns(UserWarning, match="1 labels have no image"):
-        told = made(FBP_CROSS_REGION, tmp_path / "in", tmp_path / "out", **ONE)
-    assert told["domains"]["gf2_source"]["scenes"] == 1
+    with pytest.warns(UserWarning, match="1 of 3 masks have no image .GF2.* and are left out"):
+        said = made(FBP_CROSS_REGION, tmp_path / "in", tmp_path / "out", **ONE)
+    assert said["domains"]["gf2_source"]["scenes"] == 1 and any("are left out" in w for w in said["warnings"])
 
 
 # Five-Billion-Pixels: labels, archives, versions
@@ -115,7 +111,7 @@ def test_zips_give_what_folders_give_and_twice_is_once(sensors, tmp_path):
 
 def test_sixteen_bits_have_their_own_order_and_lose_the_black_that_reaches_in(tmp_path):
     source = write_fbp_cross_region(tmp_path / "in", scenes=4)
-    told = made(FBP_CROSS_REGION, source, tmp_path / "out", version="16bit", **ONE)
+    said = made(FBP_CROSS_REGION, source, tmp_path / "out", version="16bit", **ONE)
     folder = tmp_path / "out" / "fbp_cross_region"
     for k, stem in enumerate(FBP_TEST[:4]):  # black columns at either side: 50, 55, 60, 65
         path = next(folder.rglob(f"images/{stem}.tif"))
@@ -123,7 +119,7 @@ def test_sixteen_bits_have_their_own_order_and_lose_the_black_that_reaches_in(tm
         raw = pixels(source / "Five-Billion-Pixels" / "Image_16bit_BGRNir" / f"{stem}.tiff")
         assert (pixels(path) == raw[:, 54:-54, left:-right]).all() and pixels(path).dtype == "uint16"
         with rasterio.open(path) as tile: assert tile.descriptions == ("blue", "green", "red", "nir")
-    nir = told["statistics"]["mean"][told["statistics"]["bands"].index("nir")]
+    nir = said["statistics"]["mean"][said["statistics"]["bands"].index("nir")]
     source8 = made(FBP_CROSS_REGION, source, tmp_path / "eight", **ONE)["statistics"]
     assert nir == pytest.approx(4 * source8["mean"][source8["bands"].index("nir")], rel=.1)
 
@@ -135,7 +131,21 @@ def test_a_version_that_is_not_there_points_at_the_other(region, tmp_path):
 
 
 def test_sixteen_bits_beside_cities_of_eight_are_warned_of(sensors, tmp_path):
-    with pytest.warns(UserWarning, match="another scale"): made(FBP_CROSS_SENSOR, sensors, tmp_path / "out", version="16bit")
+    with pytest.warns(PrepareWarning, match="another scale"): made(FBP_CROSS_SENSOR, sensors, tmp_path / "out", version="16bit")
+
+
+@pytest.mark.parametrize("photometric", ["RGB", "MINISBLACK"])
+def test_samples_are_read_as_stored_whatever_colours_the_tags_claim(photometric, region, tmp_path):
+    shutil.copytree(region, tmp_path / "in")
+    for path in (tmp_path / "in").rglob("Image__8bit*/*.tif"): fbp._save(path, pixels(f"GTIFF_RAW:{path}"), photometric=photometric)
+    a, b = made(FBP_CROSS_REGION, region, tmp_path / "a", **ONE), made(FBP_CROSS_REGION, tmp_path / "in", tmp_path / "b", **ONE)
+    assert same(a, b) # `region` is tagged CMYK
+
+
+def test_suffixes_in_upper_case_are_read(region, tmp_path):
+    shutil.copytree(region, tmp_path / "in")
+    for path in [p for p in (tmp_path / "in").rglob("GF2*.*") if p.suffix in (".tif", ".tiff", ".png")]: path.rename(path.with_suffix(path.suffix.upper()))
+    assert same(made(FBP_CROSS_REGION, region, tmp_path / "a", **ONE), made(FBP_CROSS_REGION, tmp_path / "in", tmp_path / "b", **ONE))
 
 
 # Five-Billion-Pixels: borders and crops
@@ -151,10 +161,10 @@ def test_a_border_that_leaves_nothing_is_refused(region, tmp_path):
 
 
 def test_a_border_may_be_kept(region, tmp_path):
-    told = made(FBP_CROSS_REGION, region, tmp_path / "out", border="0,0,0,0", **ONE)
+    said = made(FBP_CROSS_REGION, region, tmp_path / "out", border="0,0,0,0", **ONE)
     path = first(tmp_path / "out", f"images/{FBP_TEST[1]}.tif")
     assert pixels(path).shape == (4, 180, 172) and (pixels(path)[:, 0] == 255).all()
-    assert int(told["domains"]["gf2_target"]["labels"]["0"]) > 180 * 172 - 72 * 72
+    assert int(said["domains"]["gf2_target"]["labels"]["0"]) > 180 * 172 - 72 * 72
 
 
 def test_scenes_whose_border_is_gone_stay_whole(tmp_path, monkeypatch):
@@ -162,8 +172,8 @@ def test_scenes_whose_border_is_gone_stay_whole(tmp_path, monkeypatch):
     for path in [*source.rglob("*.tif"), *source.rglob("*.png")]:
         raw = path.suffix == ".tif"
         inner = pixels(f"GTIFF_RAW:{path}" if raw else path)[:, 54:-54, 60:-40]
-        room._save(path, inner, **(dict(photometric="CMYK") if raw else {}))
-    monkeypatch.setattr(room, "WHOLE", (72, 72))
+        fbp._save(path, inner, **(dict(photometric="CMYK") if raw else {}))
+    monkeypatch.setattr(fbp, "WHOLE", (72, 72))
     made(FBP_CROSS_REGION, source, tmp_path / "out", **ONE)
     made(FBP_CROSS_REGION, write_fbp_cross_region(tmp_path / "full"), tmp_path / "full_out", **ONE)
     tiles = sorted((tmp_path / "out").rglob("*.tif"))
@@ -173,14 +183,15 @@ def test_scenes_whose_border_is_gone_stay_whole(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("crop, shape", [(0, (108, 124)), (1024, (108, 124)), (90, (90, 90)), (110, (108, 110))])
 def test_city_crops(crop, shape, sensors, tmp_path):
-    told = made(FBP_CROSS_SENSOR, sensors, tmp_path / "out", crop=crop)
+    said = made(FBP_CROSS_SENSOR, sensors, tmp_path / "out", crop=crop)
     folder = tmp_path / "out" / "fbp_cross_sensor" / "beijing"
     assert pixels(first(folder, "images/*.tif")).shape[1:] == shape
-    assert sum(n for v, n in told["domains"]["beijing"]["labels"].items() if v != "0") > .9 * 72 * 72
+    assert sum(n for v, n in said["domains"]["beijing"]["labels"].items() if v != "0") > .9 * 72 * 72
 
 
 def test_a_crop_smaller_than_the_annotation_says_so(sensors, tmp_path):
-    with pytest.warns(UserWarning, match="72 x 72 pixels .* crop=48 leaves some"): made(FBP_CROSS_SENSOR, sensors, tmp_path / "out", crop=48)
+    with pytest.warns(PrepareWarning, match="72 x 72 pixels .* crop=48 leaves some"): said = made(FBP_CROSS_SENSOR, sensors, tmp_path / "out", crop=48)
+    assert sum("crop=48 leaves some" in w for w in said["warnings"]) == 5 # an image of every city
     with pytest.raises(ValueError, match="crop=-1; expected 1024"): made(FBP_CROSS_SENSOR, sensors, tmp_path / "x", crop=-1)
 
 
@@ -194,18 +205,18 @@ def test_the_crop_moves_into_the_image():
     class Image:
         shape = (40, 40)
         def read(self, band, window): return np.zeros((1, 40), "uint8")
-    layout = room.Layout(("nir",), FBP_CLASSES)
-    assert room._around(16)(Image(), Mask(), layout) == (24, 0, 16, 16)
+    layout = fbp.Layout(("nir",), FBP_CLASSES)
+    assert fbp.around_labels(16)(Image(), Mask(), layout) == (24, 0, 16, 16)
 
 
 # Five-Billion-Pixels: targets
 
 def test_targets_may_be_a_text_file(region, tmp_path):
     (tmp_path / "list.txt").write_text(f"# mine\n{FBP_TEST[1]}.tif\n\n{FBP_TEST[2]}_24label.png\n", encoding="utf-8")
-    told = made(FBP_CROSS_REGION, region, tmp_path / "out", targets=str(tmp_path / "list.txt"))
-    assert told["domains"]["gf2_target"]["scenes"] == 2 and told["domains"]["gf2_source"]["scenes"] == 1
+    said = made(FBP_CROSS_REGION, region, tmp_path / "out", targets=str(tmp_path / "list.txt"))
+    assert said["domains"]["gf2_target"]["scenes"] == 2 and said["domains"]["gf2_source"]["scenes"] == 1
     with pytest.raises(FileNotFoundError, match="no such file"): made(FBP_CROSS_REGION, region, tmp_path / "x", targets="nowhere.txt")
-    with pytest.raises(ValueError, match="at least one"): made(FBP_CROSS_REGION, region, tmp_path / "x", targets="")
+    with pytest.raises(ValueError, match="option targets is empty"): made(FBP_CROSS_REGION, region, tmp_path / "x", targets="")
 
 
 # Five-Billion-Pixels: what is broken
@@ -231,8 +242,8 @@ def test_broken_copies_of_the_other_task_are_refused(broken, tmp_path):
 @pytest.mark.parametrize("broken, skip", [("missing_mask", FBP_TEST[0]), ("truncated", FBP_TEST[0]), ("city", "20200102_024714_84_1069_3B_AnalyticMS_SR")])
 def test_what_is_skipped_disturbs_nobody(broken, skip, tmp_path):
     source = write_fbp_cross_sensor(tmp_path / "in", scenes=2, broken=broken)
-    told = made(FBP_CROSS_SENSOR, source, tmp_path / "out", skip=skip)
-    assert told["domains"]["gf2"]["scenes"] == (2 if broken == "city" else 1)
+    said = made(FBP_CROSS_SENSOR, source, tmp_path / "out", skip=skip)
+    assert said["domains"]["gf2"]["scenes"] == (2 if broken == "city" else 1)
 
 
 def test_a_missing_city_shows_the_tree(sensors, tmp_path):
@@ -259,75 +270,5 @@ def test_a_scene_is_written_strip_by_strip(compress, tmp_path):
     inside = np.zeros(ids.shape, bool)
     inside[54:-54, 60:-40] = True
     assert (raw[:, ~inside] == 255).all() and raw[:, inside].max() < 255 and not ids[~inside].any()
-    assert (ids[54:-54, 60:-40] == room._ground(range(6000 - 108), 300, 25, 300, 0)).all()
+    assert (ids[54:-54, 60:-40] == patchwork(range(6000 - 108), 300, 25, 300, 0)).all()
     with rasterio.open(path) as plain: assert plain.tags(ns="IMAGE_STRUCTURE")["SOURCE_COLOR_SPACE"] == "CMYK"
-
-
-# FLAIR
-
-def test_flair_names():
-    for path in ("flair_aerial_train/D004_2021/Z10_AU/img/IMG_000826.tif", "D004_2021/aerial/Z1_UU/img/IMG_000826.tif", "x/D004_2021/Z1_UU/msk/MSK_000826.tif"):
-        assert room._FLAIR_NAME.search(path)[1] == "D004_2021"
-    for path in ("D004_2021/Z1_UU/img/MSK_000826.tif", "D4_2021/Z1_UU/img/IMG_000826.tif", "D004_2021/Z1_UU/sen/IMG_000826.tif"):
-        assert not room._FLAIR_NAME.search(path)
-
-
-@pytest.mark.parametrize("kind", [dict(mirror=True), dict(zipped=False), dict(mirror=True, zipped=False)])
-def test_flair_is_the_same_however_it_comes(kind, aerial, tmp_path):
-    other = write_flair(tmp_path / "in", **kind)
-    assert same(made(FLAIR, aerial, tmp_path / "a"), made(FLAIR, other, tmp_path / "b"))
-
-
-def test_one_archive_of_the_mirror_is_found_without_its_inner_folder(tmp_path):
-    write_flair(tmp_path / "in", mirror=True, zipped=False)
-    inner = tmp_path / "in" / "data" / "train-val" / "D004_2021"
-    with zipfile.ZipFile(inner.with_name("D004_2021.zip"), "w") as z:
-        for path in inner.rglob("*.tif"): z.write(path, path.relative_to(inner))
-    shutil.rmtree(inner)
-    assert made(FLAIR, tmp_path / "in", tmp_path / "out")["domains"]["source_departments"]["scenes"] == 40
-
-
-FLAIR_SAYS = {"truncated": "cut off or damaged", "bands": "has 4 bands, expected 5", "label": "expected 1..19", "missing_mask": "1 of 50 images have no mask",
-              "name": "fit no pattern", "department": "D099_2020 in no list", "number": r"IMG_080000 is numbered outside 61713..77412",
-              "hub": "of FLAIR-HUB"}
-
-
-@pytest.mark.parametrize("broken", FLAIR_SAYS)
-def test_broken_flair_is_refused(broken, tmp_path):
-    source = write_flair(tmp_path / "in", broken=broken)
-    with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match=FLAIR_SAYS[broken]): made(FLAIR, source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("mirror", [False, True])
-def test_the_second_test_is_left_out_aloud(mirror, aerial, tmp_path):
-    assert set(FLAIR_SAYS) | {"second_test"} == set(FLAIR_BROKEN)
-    source = write_flair(tmp_path / "in", broken="second_test", mirror=mirror)
-    with pytest.warns(UserWarning, match="2 files of the test of FLAIR #2 are left out"): told = made(FLAIR, source, tmp_path / "out")
-    assert same(told, made(FLAIR, aerial, tmp_path / "a"))
-
-
-def test_departments_by_option(aerial, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        told = made(FLAIR, aerial, tmp_path / "out", source="D006_2020,D008_2019,D013_2020", target="D064_2021,D068_2021,D071_2020")
-    assert [d["scenes"] for d in told["domains"].values()] == [3, 3]
-    with pytest.raises(ValueError, match="closest: D006_2020"): made(FLAIR, aerial, tmp_path / "x", source="D006_2021")
-    with pytest.raises(ValueError, match="D006 in source and target"): made(FLAIR, aerial, tmp_path / "x", source="D006_2020", target="D006_2020")
-
-
-def test_a_department_that_was_not_downloaded_is_missed(aerial, tmp_path):
-    write_flair(tmp_path / "in", mirror=True)
-    (tmp_path / "in" / "data" / "train-val" / "D091_2021.zip").unlink()
-    with pytest.raises(FileNotFoundError, match="1 of the 40 departments of the source are not there .D091_2021"): made(FLAIR, tmp_path / "in", tmp_path / "out")
-
-
-def test_a_missing_label_archive_is_named(tmp_path):
-    source = write_flair(tmp_path / "in")
-    (source / "flair_labels_train.zip").unlink()
-    with pytest.raises(FileNotFoundError, match="40 of 50 images have no mask"): made(FLAIR, source, tmp_path / "out")
-
-
-def test_more_scenes_have_other_numbers(tmp_path):
-    told = made(FLAIR, write_flair(tmp_path / "in", scenes=2), tmp_path / "out")
-    assert [d["scenes"] for d in told["domains"].values()] == [80, 20]
-    assert len(FLAIR_TRAIN) == 40 and len(FLAIR_TEST) == 10

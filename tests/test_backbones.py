@@ -1,4 +1,5 @@
 """Backbones: weights key for key, frozen for ever, any bands, any patch size, clear refusals."""
+import copy
 import json
 import pickle
 import socket
@@ -54,6 +55,15 @@ def edit_weights(folder, change):
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
+def authors_positions(table, down, across, offset=0.1):
+    "The position table on another grid as the code of DINOv2 (without registers) and Depth Anything computes it."
+    side = int((table.shape[1] - 1) ** 0.5)
+    grid = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=((down + offset) / side, (across + offset) / side), mode="bicubic", antialias=False)
+    assert grid.shape[-2:] == (down, across)
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, down * across, -1)], 1)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_saved_weights_load_key_for_key(name, tmp_path):
     model = saved(name, tmp_path)
@@ -64,9 +74,12 @@ def test_saved_weights_load_key_for_key(name, tmp_path):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], expected[k]) for k in expected)
     assert backbone.n_prefix_tokens == (1 if name != "dinov3-vits16" and "reg" not in name else 5)
-    images = torch.randn(2, 3, 56 if "dinov3" not in name else 48, 112)
-    with torch.no_grad():
-        theirs = backbone.model(images, output_hidden_states=True)
+    images = torch.randn(2, 3, 56 if "dinov3" not in name else 48, 112)  # off the table's grid
+    theirs = copy.deepcopy(backbone.model)
+    if name in ("dinov2-small", "depth-anything-v2-small", "prompt-depth-anything-vitl"):
+        table = theirs.embeddings.position_embeddings
+        theirs.embeddings.interpolate_pos_encoding = lambda tokens, height, width: authors_positions(table, height // 14, width // 14)
+    with torch.no_grad(): theirs = theirs(images, output_hidden_states=True)
     ours = [t.detach() for t in backbone.tokens(images)]
     for mine, hidden in zip(ours, theirs.hidden_states[1:], strict=True):
         assert torch.equal(mine, hidden[:, backbone.n_prefix_tokens:])

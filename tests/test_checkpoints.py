@@ -1,8 +1,10 @@
 "Published checkpoints: every key accounted for, bit for bit there and back, and what is refused."
 import json
 import os
+import pickle
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from spectralmoe.checkpoints import (convert, convert_mmseg_head, convert_rein, 
 from spectralmoe.head import Mask2FormerHead
 from spectralmoe.segmentor import Segmentor
 
-VFM = dict(name="dinov3-vits16", weights="random", dim=32, n_layers=3, n_heads=4)
+VFM = dict(name="dinov3-vits16", weights="random", dim=32, n_layers=3, n_heads=4, inflate="rgb_kept")
 DFM = dict(name="depth-anything-v2-small", weights="random", dim=32, n_layers=3, n_heads=4, image_size=64)
 HEAD = dict(hidden=32, n_queries=8, encoder_layers=2, decoder_layers=2, n_heads=4, encoder_width=48, decoder_width=64)
 
@@ -112,7 +114,7 @@ def test_backbones_that_cannot_be_those_of_the_checkpoint(published):
     with pytest.raises(ValueError, match="'n_layers': 2.*trained on.*'n_layers': 3"): load({**VFM, "n_layers": 2})
     with pytest.raises(ValueError, match="'dim': 64"): load(dfm={**DFM, "dim": 64})
     with pytest.raises(ValueError, match="train_extra=False"): load({**VFM, "train_extra": True})
-    with pytest.raises(ValueError, match="tells 5 classes apart, wildfire_cross_region has 2"): load(benchmark="wildfire_cross_region")
+    with pytest.raises(ValueError, match="is of 5 classes, wildfire_cross_region has 2"): load(benchmark="wildfire_cross_region")
     ready = load_vfm(**VFM, in_bands=BENCHMARKS["made_tiles"].input_sensor, train_extra=False)
     assert load(ready, load_dfm(**DFM)).vfm is ready
 
@@ -135,30 +137,79 @@ def test_a_learned_query_position_has_its_place():
     assert same(convert_mmseg_head({**theirs, "loss_cls.class_weight": torch.ones(6)}), ours)
 
 
-def mmengine_file(path, state, name="mmengine.logging.history_buffer"):
-    "A checkpoint as mmengine pickles it, without mmengine."
+def mmengine_file(path, state, name="mmengine.logging.history_buffer", builtins="__builtin__"):
+    "A checkpoint as mmengine pickles it, without mmengine: curves as arrays, methods as `getattr`."
     import numpy as np
+    def newest(self): return self._log_history[-1]
+    newest.__module__, newest.__qualname__ = name, "HistoryBuffer.newest"
     parts = [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 2)]
     sys.modules |= {p: types.ModuleType(p) for p in parts}
-    buffer = type("HistoryBuffer", (), {"__module__": name, "__qualname__": "HistoryBuffer"})
+    buffer = type("HistoryBuffer", (), {"__module__": name, "__qualname__": "HistoryBuffer", "newest": newest})
     sys.modules[name].HistoryBuffer = buffer
     made = buffer()
-    made._history, made._count, made._max_length = np.arange(4.0), np.ones(4), np.float64(10)
+    made._log_history, made._count_history, made.max_length = np.arange(4.0), np.ones(4), 1_000_000
+    made._statistics_methods = {"current": buffer.newest, "last": made.newest, "scalar": np.float64(10)}
     torch.save(dict(meta=dict(cfg="x = 1\n", epoch=18, iter=70884, dataset_meta=dict(classes=("a",), palette=[[0, 0, 0]])),
                     state_dict=state, message_hub=dict(log_scalars={"train/loss": made}, runtime_info={"iter": 3},
                                                        resumed_keys={"train/loss": True})), path)
     for p in parts: del sys.modules[p]
+    content = in_zip(path)
+    assert content.count(b"c__builtin__\ngetattr\n") == 1, "the fixture holds the opcodes it is about"
+    in_zip(path, content.replace(b"c__builtin__\ngetattr\n", f"c{builtins}\ngetattr\n".encode()))
     return path
 
 
-def test_mmengine_layout_is_read_without_mmengine_and_without_pickle(published, tmp_path):
-    file = mmengine_file(tmp_path / "iter_70884.pth", published)
-    with pytest.raises(Exception, match="HistoryBuffer|numpy"): torch.load(file, weights_only=True)
-    before = torch.serialization.get_safe_globals()
+def in_zip(path, content=None):
+    "The pickle inside a file of `torch.save`; with `content`, put there."
+    with zipfile.ZipFile(path) as archive: files = {n: archive.read(n) for n in archive.namelist()}
+    key = next(n for n in files if n.endswith("data.pkl"))
+    if content is not None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in (files | {key: content}).items(): archive.writestr(name, data)
+    return files[key]
+
+
+@pytest.mark.parametrize("builtins", ["__builtin__", "builtins"])
+def test_mmengine_layout_is_read_without_mmengine_and_without_pickle(published, tmp_path, builtins):
+    file = mmengine_file(tmp_path / "iter_70884.pth", published, builtins=builtins)
+    with pytest.raises(Exception, match="HistoryBuffer|numpy|getattr"): torch.load(file, weights_only=True)
+    before = set(torch.serialization.get_safe_globals())
     assert same(read_checkpoint(file), published)
-    assert "mmengine" not in sys.modules and torch.serialization.get_safe_globals() == before
+    assert "mmengine" not in sys.modules and set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(ValueError, match="elsewhere.history_buffer.HistoryBuffer"):
         read_checkpoint(mmengine_file(tmp_path / "other.pth", published, "elsewhere.history_buffer"))
+
+
+def text(value): return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+GETATTR, LOG = b"c__builtin__\ngetattr\n", b"cmmengine.logging.history_buffer\nHistoryBuffer\n"
+def attribute(owner, name): return GETATTR + b"(" + owner + text(name) + b"tR"
+
+
+CHAINS = {
+    "a list": attribute(b"]", "__class__"), "a string": attribute(text("x"), "upper"), "itself": attribute(GETATTR, "__globals__"),
+    "a module's function": attribute(b"cos\nsystem\n", "__call__"), "an import": attribute(b"c__builtin__\n__import__\n", "__call__"),
+    "the log, then called": attribute(LOG, "__init__") + b"(" + text("touch ran") + b"tR",
+    "the log's globals, then called": attribute(attribute(LOG, "__init__"), "__globals__") + b"(" + text("os") + b"tR",
+    "three arguments": GETATTR + b"(" + LOG + text("x") + text("y") + b"tR"}
+
+
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+def test_getattr_in_a_pickle_reaches_nothing(chain, tmp_path, monkeypatch):
+    "Hand-made instructions that reach for more than the log: refused, and nothing ran."
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.ones(1)}, "x.pth")
+    in_zip("x.pth", b"\x80\x02" + chain + b".")
+    with pytest.raises(ValueError, match="which were not run|truncated or damaged"): read_checkpoint("x.pth")
+    assert sorted(os.listdir()) == ["x.pth"]
+
+
+def test_what_getattr_gives_is_inert(tmp_path):
+    "An attribute of the log is a thing without behaviour, whatever its name."
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pth")
+    in_zip(tmp_path / "x.pth", b"\x80\x02" + attribute(LOG, "__subclasses__") + b".")
+    with pytest.raises(ValueError, match="holds a _Nothing, expected named tensors"): read_checkpoint(tmp_path / "x.pth")
 
 
 class Runs:
@@ -166,15 +217,68 @@ class Runs:
     def __reduce__(self): return self.call
 
 
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "protocol 4", "protocol 4 in a zip"])
 @pytest.mark.parametrize("call", [lambda p: (os.system, (f"echo ran > {p}",)), lambda p: (eval, (f"open({str(p)!r}, 'w')",)),
                                   lambda p: (getattr, ("a", "upper"))])
-def test_a_program_is_not_run(call, legacy, tmp_path):
-    for where in (dict(state_dict={"a": torch.ones(1), "b": Runs(call(tmp_path / "ran"))}),
-                  dict(state_dict={"a": torch.ones(1)}, message_hub=Runs(call(tmp_path / "ran")))):
-        torch.save(where, tmp_path / "program.pth", _use_new_zipfile_serialization=not legacy)
-        with pytest.raises(ValueError, match="which were not run"): read_checkpoint(tmp_path / "program.pth")
+def test_a_program_is_not_run(call, kind, tmp_path):
+    for where in (dict(state_dict={"a": 1, "b": Runs(call(tmp_path / "ran"))}), dict(state_dict={"a": 1}, message_hub=Runs(call(tmp_path / "ran")))):
+        if kind == "protocol 4": (tmp_path / "program.pth").write_bytes(pickle.dumps(where, protocol=4))
+        else: torch.save(where, tmp_path / "program.pth", _use_new_zipfile_serialization="legacy" not in kind,
+                         pickle_protocol=4 if "4" in kind else 2)
+        with pytest.raises(ValueError, match=r"\((posix.system|nt.system|builtins.eval|eval|__builtin__.eval|getattr|builtins.getattr)\), which were not run"):
+            read_checkpoint(tmp_path / "program.pth")
     assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_of_later_protocols_say_what_they_are(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pth", pickle_protocol=4)
+    with pytest.raises(ValueError, match="a later protocol, .*torch.save"): read_checkpoint(tmp_path / "x.pth")
+
+
+def test_values_and_shapes_are_those_of_a_checkpoint(published, tmp_path):
+    take = lambda change: segmentor_from_released({**published, **change}, "made_tiles", VFM, DFM)
+    for key in ("decode_head.cls_embed.weight", "backbone.depthmoe.experts_b.1.2", "decode_head.pixel_decoder.mask_feature.bias"):
+        broken = published[key].clone()
+        broken.view(-1)[0] = float("nan")
+        with pytest.raises(ValueError, match=rf"{key} \(1 of \d+ values\) not finite"): take({key: broken})
+        torch.save({"state_dict": {**published, key: broken}}, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=rf"x.pth: {key}"): convert(tmp_path / "x.pth", tmp_path / "ours", "made_tiles", VFM, DFM)
+    assert not (tmp_path / "ours").exists()
+    torch.save({"state_dict": {**published, "backbone.depthmoe.experts_a.1.2": torch.ones(5, 2)}}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x.pth.*experts_a.1.2 is \(5, 2\), expected \(8, 2\)"):
+        convert(tmp_path / "x.pth", tmp_path / "ours", "made_tiles", VFM, DFM)
+    with pytest.raises(ValueError, match=r"decode_head.cls_embed.weight is \(6, 30\), expected \(6, 32\)"):
+        take({"decode_head.cls_embed.weight": torch.ones(6, 30)})
+    with pytest.raises(ValueError, match=r"norms.2.bias is \(3,\), expected \(32,\)"): take({"decode_head.transformer_decoder.layers.1.norms.2.bias": torch.ones(3)})
+
+
+def test_released_checkpoints_sit_on_kernels_copied_in_turn(published, tmp_path):
+    torch.save({"state_dict": published}, tmp_path / "x.pth")
+    plain = {k: v for k, v in VFM.items() if k != "inflate"}
+    rgb = load_vfm(**plain).model.embeddings.patch_embeddings.weight
+    made = convert(tmp_path / "x.pth", tmp_path / "ours", "made_tiles", plain, DFM)
+    again = Segmentor.from_pretrained(made)
+    assert torch.equal(again.vfm.model.embeddings.patch_embeddings.weight, rgb[:, [0, 1, 2, 0, 1]]) and not again.vfm.extra
+    note = json.loads((made / "conversion.json").read_text())
+    assert note["patch kernels"].startswith("cyclic: ") and note["from"] == "x.pth" and str(tmp_path) not in json.dumps(note)
+    kept = segmentor_from_released(published, "made_tiles", plain, DFM, inflate="rgb_kept")
+    assert len(kept.vfm.extra) == 2 and kept.vfm.fingerprint() != again.vfm.fingerprint()
+    assert segmentor_from_released(published, "made_tiles", VFM, DFM).vfm.fingerprint() == kept.vfm.fingerprint(), "vfm says it"
+
+
+def test_a_backbone_file_with_five_bands_is_taken_as_it_is_and_part_of_the_fingerprint(published, tmp_path):
+    "What the authors' scripts write: a kernel for all bands. from_pretrained notices another."
+    generator = torch.Generator().manual_seed(0)
+    source = load_vfm(**{**VFM, "inflate": "cyclic"}, in_bands=5)
+    with torch.no_grad(): source.model.embeddings.patch_embeddings.weight[:, 3:].normal_(generator=generator)
+    source.model.save_pretrained(tmp_path / "vfm")
+    given = {**VFM, "weights": str(tmp_path / "vfm")}
+    folder = segmentor_from_released(published, "made_tiles", given, DFM).save_pretrained(tmp_path / "ours")
+    again = Segmentor.from_pretrained(folder)
+    assert torch.equal(again.vfm.model.embeddings.patch_embeddings.weight, source.model.embeddings.patch_embeddings.weight)
+    with torch.no_grad(): source.model.embeddings.patch_embeddings.weight[:, 4] += 1
+    source.model.save_pretrained(tmp_path / "vfm")
+    with pytest.raises(ValueError, match="the weights have sha256"): Segmentor.from_pretrained(folder)
 
 
 def test_files_that_are_no_checkpoints(published, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from spectralmoe.encoders.files import LoadReport, read_weights, require_complete, weight_files, weights_sha256
+from spectralmoe.encoders.files import LoadReport, read_weights, require_complete, weight_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 STATE = {"a.weight": torch.randn(2, 3), "a.bias": torch.zeros(2), "n": torch.tensor(3)}
@@ -52,15 +52,6 @@ def test_a_folder_with_two_files_is_a_question(tmp_path):
     save_file(STATE, tmp_path / "c.safetensors")
     assert weight_files(tmp_path) == [tmp_path / "c.safetensors"]
     with pytest.raises(FileNotFoundError, match="no file or folder"): read_weights(tmp_path / "none")
-
-
-@pytest.mark.parametrize("content, cause", [
-    (b"<!DOCTYPE html><html>Sign in</html>", "web page"), (b"\n  <HTML>", "web page"), (b"<?xml version='1.0'?><Error/>", "web page"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"), (b"", "empty"), (b"weights", "begins with b'weights'")])
-def test_what_is_no_file_of_weights(tmp_path, content, cause):
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=cause): read_weights(file)
 
 
 @pytest.mark.parametrize("kind", ["zip", "old", "safetensors", "torchscript"])
@@ -112,23 +103,9 @@ def test_a_torchscript_archive_cannot_smuggle_code(tmp_path):
     assert not mark.exists()
 
 
-def test_what_holds_no_tensors(tmp_path):
-    for content, cause in (([1], "holds a list"), ({"epoch": 1}, r"no tensor under \['epoch'\]")):
-        torch.save(content, tmp_path / "x.pth")
-        with pytest.raises(ValueError, match=cause): read_weights(tmp_path / "x.pth")
-
-
-def test_reports():
+def test_a_report_in_a_notebook_shows_every_kind_of_key():
     whole = LoadReport("x.pth", "timm", ["a", "b"], filled=["c"])
-    require_complete(whole, "m")
     assert "2 matched, 1 filled, 0 missing" in repr(whole) and "<td>filled</td><td>1</td>" in whole._repr_html_()
+    assert "k&lt;" in LoadReport("x", "timm", missing=["k<"])._repr_html_()
     for kind, word in (("missing", "missing"), ("unexpected", "unexpected"), ("misshapen", "mismatched")):
         with pytest.raises(ValueError, match=rf"1 {word} \(k<, \.\.\.\).*Do that"): require_complete(LoadReport("x", "timm", **{kind: ["k<"]}), "m", "Do that")
-    assert "k&lt;" in LoadReport("x", "timm", missing=["k<"])._repr_html_()
-
-
-def test_the_hash_sees_names_shapes_types_and_bytes():
-    base = weights_sha256(STATE)
-    assert base == weights_sha256(dict(reversed(STATE.items())))
-    for change in ({"a.bias": torch.ones(2)}, {"a.bias": torch.zeros(2, 1)}, {"a.bias": torch.zeros(2).half()}, {"b": torch.ones(1)}):
-        assert weights_sha256(STATE | change) != base

@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from spectralmoe.backbones import load_dfm, load_vfm
+from spectralmoe.backbones import WeightReader, backbone_size, load_dfm, load_vfm
 from spectralmoe.encoders.vit import FAMILIES, RGB_BACKBONES, check_published, read_as, translate
-from spectralmoe.encoders.files import resize_patch, resize_positions
+from spectralmoe.encoders.files import resize_patch, resize_positions, weights_sha256
 
 # The authors' layouts, written down from their code: name -> shape. They share nothing with the rules under test.
 
@@ -272,6 +272,89 @@ def test_the_rotary_periods_of_metas_file_are_used_as_they_are(tmp_path):
 def save(state, folder, name="x.pth"):
     torch.save(state, folder / name)
     return folder / name
+
+
+@pytest.mark.parametrize("kind, other", [(torch.bfloat16, True), (torch.float32, False), (None, False)])
+def test_periods_are_part_of_the_fingerprint_where_they_are_not_the_usual_ones(kind, other, tmp_path):
+    state = authors_file("dinov3-vits16")
+    usual = load_vfm("dinov3-vits16", save(state, tmp_path), **TINY)
+    if kind is None: del state["rope_embed.periods"]
+    else: state["rope_embed.periods"] = state["rope_embed.periods"].to(kind)
+    found = load_vfm("dinov3-vits16", save(state, tmp_path), **TINY)
+    assert (found.fingerprint() != usual.fingerprint()) is other
+    assert usual.fingerprint() == weights_sha256(usual.model.state_dict()), "as it was before periods counted"
+
+
+PROMPT = "depth_head.scratch.refinenet1.resConfUnit_depth.0.weight"
+CONSTANTS = {"_mean": torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), "_std": torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)}
+
+
+def test_prompt_depth_anythings_own_checkpoint(tmp_path):
+    "model.ckpt holds its mean and deviation as buffers."
+    state = authors_file("prompt-depth-anything-vitl") | {f"pipeline.{k}": v for k, v in CONSTANTS.items()}
+    dfm = load_tiny("prompt-depth-anything-vitl", save({"state_dict": state, "epoch": 3}, tmp_path))
+    assert {"pipeline._mean", "pipeline._std"} <= set(dfm.report.set_aside)
+    bare = {k.removeprefix("pipeline."): v for k, v in state.items()}  # what its own loader makes of it
+    assert load_tiny("prompt-depth-anything-vitl", save(bare, tmp_path)).fingerprint() == dfm.fingerprint()
+    with pytest.raises(ValueError, match=r"1 unexpected \(pipeline._std"):
+        load_tiny("prompt-depth-anything-vitl", save(state | {"pipeline._std": torch.ones(1, 3, 1, 1)}, tmp_path))
+
+
+def test_the_two_depth_models_are_not_taken_for_one_another(tmp_path):
+    encoder = dinov2(32, 4, side=4)
+    plain = drawn(behind("pretrained.", encoder, "depth_head.scratch.refinenet1.out_conv.weight"))
+    with pytest.raises(ValueError, match="Its keys are those of a depth_anything file .depth-anything-v2-small"):
+        load_tiny("prompt-depth-anything-vitl", save(plain, tmp_path))
+    with pytest.raises(ValueError, match="Its keys are those of a prompt_depth_anything file .prompt-depth-anything-vitl"):
+        load_tiny("depth-anything-v2-small", save(plain | {PROMPT: torch.ones(1)}, tmp_path))
+    load_tiny("depth-anything-v2-small", save(plain, tmp_path))
+
+
+def test_the_combined_file_of_the_authors_gives_both_models(tmp_path):
+    "Their scripts put the depth model, at 16 pixels and a smaller grid, beside a visual model with a four-band kernel."
+    visual, depth = authors_file("dinov3-vits16"), drawn(dinov2(32, 4, patch=16, side=4))
+    visual["patch_embed.proj.weight"] = torch.randn(32, 4, 16, 16)
+    joined = visual | {f"depth_anything.pretrained.{k}": v for k, v in depth.items()} | {
+        f"depth_anything.{PROMPT}": torch.ones(1)} | {f"depth_anything.{k}": v for k, v in CONSTANTS.items()}
+    file = save({"state_dict": joined}, tmp_path, "combined.pth")
+    vfm = load_vfm("dinov3-vits16", file, in_bands=4, **TINY)
+    assert torch.equal(vfm.model.embeddings.patch_embeddings.weight, visual["patch_embed.proj.weight"]) and not vfm.extra
+    assert vfm.fingerprint() == load_vfm("dinov3-vits16", save(visual, tmp_path), in_bands=4, **TINY).fingerprint()
+    dfm = load_dfm("prompt-depth-anything-vitl", file, **TINY)
+    assert dfm.patch_size == 16 and dfm.report.format == "combined"
+    alone = {f"pipeline.pretrained.{k}": v for k, v in depth.items()} | {"pipeline.depth_head.x": torch.ones(1)}
+    assert dfm.fingerprint() == load_dfm("prompt-depth-anything-vitl", save(alone, tmp_path), **TINY).fingerprint()
+    with pytest.raises(ValueError, match="is for 4 bands, expected 3 or, as in_bands says, 3"): load_vfm("dinov3-vits16", file, **TINY)
+    changed = visual | {"patch_embed.proj.weight": visual["patch_embed.proj.weight"] + torch.eye(4)[3].view(1, 4, 1, 1)}
+    assert load_vfm("dinov3-vits16", save(changed, tmp_path), in_bands=4, **TINY).fingerprint() != vfm.fingerprint()
+
+
+@pytest.mark.parametrize("name, given, what", [
+    ("dinov3-vitl16", "dinov2-large", "those of a dinov2 file (dinov2-large)"),
+    ("dinov3-vitl16", "dinov2-with-registers-large", "those of a dinov2_with_registers file (dinov2-with-registers-large)"),
+    ("dinov2-large", "dinov2-with-registers-large", "those of a dinov2_with_registers file (dinov2-with-registers-large)"),
+    ("dinov2-large", "dinov2-base", "The file has dim 768 and 12 blocks, expected 1024 and 24"),
+    ("dinov3-vitl16", "clip-vitl14", "those of a clip file (clip-vitl14, clip-vitl14-336)")])
+def test_a_file_of_another_model_is_named(name, given, what):
+    "At full size, on the meta device."
+    file = {k: torch.empty(shape, device="meta") for k, shape in layout_of(given).items()}
+    assert what in WeightReader(name, "x.pth", backbone_size(name)).remedy(file)
+
+
+def test_a_dinov2_stored_for_another_size_is_the_authors_at_that_size(tmp_path):
+    "At its own patch size the stored table and the one read on the run are the same rule."
+    for name in ("dinov2-small", "dinov2-with-registers-small"):
+        file, images = save(authors_file(name), tmp_path), torch.randn(1, 3, 84, 84)
+        on_the_run, stored = load_tiny(name, file), load_tiny(name, file, image_size=84)
+        assert stored.model.embeddings.position_embeddings.shape[1] == 37
+        for a, b in zip(on_the_run.tokens(images), stored.tokens(images)): assert torch.equal(a, b)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    state = authors_file("dinov2-small")
+    state["blocks.1.mlp.fc1.bias"][0] = float("inf")
+    with pytest.raises(ValueError, match=r"x.pth: encoder.layer.1.mlp.fc1.bias \(1 of 128 values\) not finite"):
+        load_tiny("dinov2-small", save(state, tmp_path))
 
 
 def test_the_released_conversion_of_a_depth_model(tmp_path):

@@ -4,7 +4,7 @@ import subprocess
 import pytest
 import torch
 
-from spectralmoe.memory import Ledger, estimate_memory, imagining, measure_memory, memory_advice
+from spectralmoe.memory import Ledger, estimate_memory, measure_memory, memory_advice, shapes_only
 from spectralmoe.segmentor import METHODS, Segmentor
 
 VFM = dict(name="dinov3-vits16", dim=64, n_layers=4, n_heads=4, patch_size=8)
@@ -75,10 +75,10 @@ def test_ledger_counts_storages_not_tensors_and_forgets():
     assert (ledger.live, ledger.peak) == (0, 800)
 
 
-def test_imagining_leaves_nothing_behind():
+def test_shapes_only_leaves_nothing_behind():
     from transformers.models.mask2former import modeling_mask2former as library
     before = library.linear_sum_assignment
-    with pytest.raises(ZeroDivisionError), imagining(3): 1 / 0
+    with pytest.raises(ZeroDivisionError), shapes_only(3): 1 / 0
     assert library.linear_sum_assignment is before and torch.zeros(2).tolist() == [0, 0]
 
 
@@ -94,7 +94,7 @@ def test_refusals(monkeypatch):
     with pytest.raises(RuntimeError, match="the measured step failed .-9."): measure_memory(**TINY)
 
 
-def test_nothing_imagined_stays_behind():
+def test_no_tensor_without_contents_stays_behind():
     "transformers caches coordinates by grid: an estimate must not leave it tensors without contents."
     from spectralmoe.backbones import load_vfm
     estimate_memory(**{**TINY, "vfm": {**VFM, "patch_size": 4}, "dfm": {**DFM, "patch_size": 4}, "crop": 52})

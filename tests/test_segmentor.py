@@ -1,11 +1,13 @@
 "The whole model: what is trained, what is refused, and that a folder gives back the same model."
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from spectralmoe.backbones import load_dfm, load_vfm
 from spectralmoe.benchmarks import BENCHMARKS, IGNORE
+from spectralmoe.saving import read_config
 from spectralmoe.segmentor import METHODS, Segmentor
 
 VFM = dict(name="dinov3-vits16", dim=32, n_layers=3, n_heads=4, patch_size=8)
@@ -16,7 +18,7 @@ HEAD = dict(hidden=32, n_queries=8, encoder_layers=1, decoder_layers=1, n_heads=
 def build(method="spectralmoe", **kwargs):
     sizes = {} if method == "raw_conv" or kwargs.get("head") == "pixel_shuffle" else HEAD
     more = dict(n_experts=3, rank=2) if METHODS[method].adapter else {}
-    return Segmentor.build("made_tiles", **{**dict(vfm=VFM, dfm=DFM, method=method, head_sizes=sizes), **more, **kwargs})
+    return Segmentor.build(**{**dict(benchmark="made_tiles", vfm=VFM, dfm=DFM, method=method, head_sizes=sizes), **more, **kwargs})
 
 
 @pytest.fixture
@@ -37,7 +39,11 @@ def train(model, images, labels, steps=2):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("head", ["mask2former", "pixel_shuffle"])
 def test_trains_saves_loads_and_predicts_the_same(method, head, batch, tmp_path):
-    model = train(build(method, head=head), *batch)
+    model = build(method, head=head)
+    start = {k: v.clone() for k, v in model.trained_state_dict().items()}
+    train(model, *batch)
+    still = [k for k, v in model.trained_state_dict().items() if torch.equal(v, start[k])]
+    assert not still, f"not trained: {still}"
     again = Segmentor.from_pretrained(model.save_pretrained(tmp_path / "model"))
     assert torch.equal(again.eval()(batch[0]), model.eval()(batch[0]))
     assert again.predict(batch[0]).shape == (2, 44, 52)
@@ -96,31 +102,7 @@ def test_another_backbone_is_refused_with_both_hashes(batch, tmp_path):
         Segmentor.from_pretrained(folder, vfm=other)
 
 
-def test_renamed_keys_are_refused_with_counts(tmp_path):
-    "A checkpoint whose keys were all renamed has nothing in common with the model."
-    from safetensors.torch import load_file, save_file
-    folder = build().save_pretrained(tmp_path / "model")
-    state = load_file(folder / "model.safetensors")
-    save_file({f"module.{k}": v for k, v in state.items()}, folder / "model.safetensors")
-    n = len(state)
-    with pytest.raises(ValueError, match=f"0 of {n} trained tensors found; {n} missing .*{n} unexpected"):
-        Segmentor.from_pretrained(folder)
-
-
-def test_damaged_folders_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no config.json"): Segmentor.from_pretrained(tmp_path)
-    folder = build().save_pretrained(tmp_path / "model")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="model.safetensors.*cannot be read"): Segmentor.from_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"format": 99}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ValueError, match="format 99"): Segmentor.from_pretrained(folder)
-
-
-def test_bands_are_named_before_anything_is_computed(batch):
-    with pytest.raises(ValueError, match=r"\(B, 5, H, W\) with the bands red, green, blue, nir, swir22"):
-        build()(batch[0][:, :4])
+def test_a_backbone_for_other_bands_is_refused():
     with pytest.raises(ValueError, match=r"loaded for .3 bands., the images have .B4 0.6646 um, B3"):
         build(vfm=load_vfm(**VFM))
 
@@ -175,6 +157,115 @@ def test_a_named_backbone_keeps_its_architecture_without_its_weights():
     model = build("random", vfm="mini_vfm", head_sizes=sizes)
     assert model.vfm.name == "mini_vfm" and model.vfm.source["weights"] == "random"
     assert model._run(torch.zeros(1, 5, 64, 64))[0].masks[-1].shape[-2:] == (16, 16), "stride 4 at patches of 8"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method, head", [("raw_conv", "mask2former"), ("spectralmoe", "mask2former"), ("released", "pixel_shuffle")])
+def test_a_cast_model_predicts_and_trains(method, head, dtype, batch):
+    "`model.half()` and `model.bfloat16()` within the precision of the type."
+    cast, exact = build(method, head=head).eval().to(dtype), build(method, head=head).eval()
+    exact.load_state_dict({k: v.float() for k, v in cast.state_dict().items()})
+    with torch.no_grad(): scores, truth = cast(batch[0]).float(), exact(batch[0])
+    assert (scores - truth).norm() < 2 * torch.finfo(dtype).eps * truth.norm()
+    cast.train().loss(*batch)["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in cast.parameters() if p.grad is not None)
+
+
+def test_only_the_released_method_halves_odd_grids_by_a_factor(batch):
+    "44 x 56 px are 6 x 7 tokens after filling up: one side of the half-size map differs."
+    from unittest import mock
+
+    from spectralmoe.head import feature_pyramid
+    for method in ("frozen", "spectralmoe", "released"):
+        with mock.patch("spectralmoe.segmentor.feature_pyramid", wraps=feature_pyramid) as pyramid: build(method)(batch[0])
+        assert pyramid.call_args.kwargs["by_factor"] is (method == "released")
+
+
+def test_depth_may_read_other_bands_than_red_green_blue(batch, tmp_path):
+    "`depth_rgb` of a task: only the depth model sees them; tasks without it save what they saved before."
+    from dataclasses import replace
+    plain, model = build().eval(), build(benchmark=replace(BENCHMARKS["made_tiles"], depth_rgb=("green", "blue", "nir"))).eval()
+    assert "depth_rgb" not in plain.task and model.task["depth_rgb"] == ["green", "blue", "nir"]
+    fed = []
+    tokens = model.dfm.tokens
+    model.dfm.tokens = lambda images: fed.append(images) or tokens(images)
+    model(batch[0][..., :40, :48])
+    assert torch.equal(fed[0], batch[0][:, [1, 2, 3], :40, :48])
+    del model.dfm.tokens
+    again = Segmentor.from_pretrained(model.save_pretrained(tmp_path / "model")).eval()
+    assert again.depth_rgb == [1, 2, 3] and torch.equal(again(batch[0]), model(batch[0]))
+
+
+def test_sizes_that_cannot_be_are_refused_by_name():
+    for given, words in ((dict(n_experts=-5), "n_experts=-5; expected"), (dict(rnak=2), "Did you mean 'rank'"), (dict(seed=1.5), "seed=1.5"),
+                         (dict(head_sizes={**HEAD, "n_points": -5}), "n_points = -5"), (dict(vfm={**VFM, "dim": -4}), "dim=-4; expected"),
+                         (dict(head_sizes={**HEAD, "hiden": 64}), "does not take 'hiden'"), (dict(n_tokens=5), "the head's sizes say 8"),
+                         (dict(balance_weight=float("nan")), "balance_weight=nan")):
+        with pytest.raises(ValueError, match=words): build(**given)
+
+
+def test_frozen_kernels_of_further_bands_are_compared(tmp_path):
+    "They are neither trained nor part of the backbone's hash, so config.json has a hash of their own."
+    vfm = dict(VFM, train_extra=False, extra_share=0.1)
+    folder = build(vfm=vfm).save_pretrained(tmp_path / "model")
+    other = load_vfm(**vfm, in_bands=BENCHMARKS["made_tiles"].input_sensor)
+    assert Segmentor.from_pretrained(folder, vfm=other).vfm is other
+    other.extra_bands.data.mul_(2)
+    with pytest.raises(ValueError, match="kernels of further bands have sha256"): Segmentor.from_pretrained(folder, vfm=other)
+
+
+def test_a_model_of_version_0_1_loads():
+    "A folder written by the release, and the scores that its code computed."
+    folder = Path(__file__).parent / "fixtures" / "model_0_1"
+    images = torch.linspace(-1, 1, 5 * 32 * 48).view(1, 5, 32, 48)
+    model = Segmentor.from_pretrained(folder).eval()
+    assert read_config(folder, 1) == json.loads(json.dumps(model.configuration()))
+    assert model(images).abs().sum().item() == pytest.approx(5908.5967, rel=1e-5)
+
+
+# ---- export ----
+
+ONE = dict(vfm=dict(VFM, n_layers=1), dfm=dict(DFM, n_layers=1))
+
+
+@pytest.fixture
+def no_trace():
+    "Without the trace that torch writes for whoever listens, as pytest does; it takes most of the time."
+    import logging
+    trace = logging.getLogger("torch.__trace")
+    trace.disabled = True
+    yield
+    trace.disabled = False
+
+
+@pytest.mark.parametrize("method, head, sides", [("spectralmoe", "pixel_shuffle", True), ("released", "mask2former", False)])
+def test_a_program_for_any_batch(method, head, sides, no_trace):
+    "And for any sides in multiples of the patch with `pixel_shuffle`; the library's Mask2Former keeps the sides it was exported with."
+    batch, high, wide = torch.export.Dim("batch", min=1, max=16), torch.export.Dim("high", min=4, max=64), torch.export.Dim("wide", min=4, max=64)
+    model, images = build(method, head=head, **ONE).eval(), torch.randn(2, 5, 40, 48)
+    dynamic = {0: batch, 2: 8 * high, 3: 8 * wide} if sides else {0: batch}
+    with torch.no_grad(): program = torch.export.export(model, (images,), dynamic_shapes=(dynamic,), strict=False)
+    assert model.last_routing == [], "nothing of the tracing stays behind"
+    for shape in ((1, 5, 40, 48), (3, 5, *((64, 32) if sides else (40, 48)))):
+        images = torch.randn(shape)
+        torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-5)
+    assert not [node for node in program.graph.nodes if "cdist" in str(node.target)], "ONNX has no cdist"
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx(dynamo, no_trace, tmp_path):
+    "Where onnx and its run time are installed."
+    run_time = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, images = build(head="pixel_shuffle", **ONE).eval(), torch.randn(2, 5, 40, 48)
+    more = (dict(dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=16)},)) if dynamo else
+            dict(opset_version=17, input_names=["images"], dynamic_axes={"images": {0: "batch"}}))
+    with torch.no_grad(): torch.onnx.export(model, (images,), str(tmp_path / "model.onnx"), dynamo=dynamo, **more)
+    session = run_time.InferenceSession(str(tmp_path / "model.onnx"))
+    for n in (1, 3):
+        images = torch.randn(n, 5, 40, 48)
+        scores = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+        torch.testing.assert_close(scores, model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_a_table_stand_in_one_order():

@@ -5,137 +5,145 @@
 # %% auto #0
 __all__ = ['RECIPES', 'FIXTURES', 'recipe', 'info', 'prepare', 'verify', 'counts', 'compare_statistics', 'preview']
 
-# %% ../../nbs/archives/08_prepare.ipynb #64219c42
+# %% ../../nbs/archives/08_prepare.ipynb #69c202f0
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 
-from .recipes import COMMON, Recipe, prepare_with, read_manifest, verify_folder
-from ..benchmarks import benchmark
+from .five_billion_pixels import (
+    FBP_CROSS_REGION, FBP_CROSS_SENSOR, write_fbp_cross_region, write_fbp_cross_sensor)
+from .flair import FLAIR, write_flair
+from .isprs import POTSDAM_VAIHINGEN, write_potsdam_vaihingen
+from .loveda import LOVEDA, write_loveda
+from .openearthmap import OPENEARTHMAP, write_openearthmap
+from .recipes import COMMON, Recipe, prepare_with
 from .whu_ohs import WHU_OHS, write_whu_ohs
-from .five_billion_pixels import (FBP_CROSS_REGION, FBP_CROSS_SENSOR, FLAIR, write_fbp_cross_region,
-                                       write_fbp_cross_sensor, write_flair)
-from .loveda import (LOVEDA, OPENEARTHMAP, POTSDAM_VAIHINGEN, write_loveda, write_openearthmap,
-                             write_potsdam_vaihingen)
+from ..benchmarks import benchmark
+from ..files import nearest
+from ..pictures import draw_legend, paint, stretch, write_figure
+from ..reading.manifest import read_manifest, verify_folder
 
-# %% ../../nbs/archives/08_prepare.ipynb #c09e133e
-RECIPES: dict[str, Recipe] = {r.name: r for r in (WHU_OHS, FBP_CROSS_SENSOR, FBP_CROSS_REGION, FLAIR, LOVEDA, OPENEARTHMAP,
-                                                  POTSDAM_VAIHINGEN)}
-FIXTURES: dict[str, Callable] = dict(zip(RECIPES, (write_whu_ohs, write_fbp_cross_sensor, write_fbp_cross_region, write_flair,
-                                                   write_loveda, write_openearthmap, write_potsdam_vaihingen)))
+# %% ../../nbs/archives/08_prepare.ipynb #0778bd1e
+RECIPES: dict[str, Recipe] = {r.name: r for r in (
+    WHU_OHS, FBP_CROSS_SENSOR, FBP_CROSS_REGION, FLAIR, LOVEDA, OPENEARTHMAP, POTSDAM_VAIHINGEN)}
+FIXTURES: dict[str, Callable] = dict(zip(RECIPES, (
+    write_whu_ohs, write_fbp_cross_sensor, write_fbp_cross_region, write_flair, write_loveda, write_openearthmap,
+    write_potsdam_vaihingen)))
 
 def recipe(
-    name: str,  # of a data set
-) -> Recipe:  # how it is prepared
+    name: str, # of a data set
+) -> Recipe: # how it is prepared
     "Look a recipe up."
     if name in RECIPES: return RECIPES[name]
-    near = get_close_matches(name.removeprefix("real_"), RECIPES, 2, .4)
-    raise KeyError(f"no data set {name!r}; there are {', '.join(RECIPES)}" + (f"; closest: {', '.join(near)}" if near else ""))
+    raise KeyError(f"no data set {name!r}. {nearest(name.removeprefix('real_'), RECIPES)}")
 
-# %% ../../nbs/archives/08_prepare.ipynb #0926d376
+# %% ../../nbs/archives/08_prepare.ipynb #12d7da0b
 def info(
-    name: str,  # of a data set
-) -> str:  # Markdown
+    name: str, # of a data set
+) -> str: # Markdown
     "Everything that is known of a data set."
     r, task = recipe(name), benchmark(recipe(name).task)
     rows = lambda head, lines: "\n".join([f"| {' | '.join(head)} |", "|" + " --- |" * len(head),
                                           *(f"| {' | '.join(map(str, line))} |" for line in lines)])
     names = lambda i: ", ".join(f"{v}" for v, k in task.label_map.items() if k == i)
     sensors = {d.fed_sensor.name: d.fed_sensor for d in task.domains}
+    archives = [(k, what, r.md5.get(k, "not published")) for k, what in r.archives.items()]
     parts = {
-        "Archives": rows(("as downloaded", "what it is"), r.archives.items()),
+        "Archives": rows(("as downloaded", "what it is", "md5"), archives),
         "Unpacked": f"```\n{r.tree.strip()}\n```",
         "Domains": rows(("domain", "role", "sensor", "tiles expected"), (
-            (d.name, "source" if d is task.source else "target", d.fed_sensor.name, r.expected.get(d.name, "not known")) for d in task.domains)),
-        "Bands": rows(("sensor", "bands (centre in um)"), ((s.name, ", ".join(f"{b.name} {b.center:g}" for b in s.bands)) for s in sensors.values())),
-        "Classes": rows(("class", "mask values", "colour"), [(c, names(i), "#{:02x}{:02x}{:02x}".format(*p))
-                        for i, (c, p) in enumerate(zip(task.classes, task.palette))] + [("(ignored)", names(255), "")]),
-        "Options": rows(("option", "default", "meaning"), ((k, f"`{','.join(map(str, o.default)) if isinstance(o.default, (list, tuple)) else o.default}`",
-                        o.help) for k, o in {**r.options, **COMMON}.items())),
-        "Traps": "\n".join(f"- {t}" for t in r.traps)}
-    head = (f"# {task.title}\n\n- home: {r.home}\n- licence: {r.licence}\n- access: {r.access}\n- cite: {r.citation}\n- benchmark: `{r.task}`\n"
+            (d.name, "source" if d is task.source else "target", d.fed_sensor.name, r.expected.get(d.name, "not known"))
+            for d in task.domains)),
+        "Bands": rows(("sensor", "bands (centre in um)"), (
+            (s.name, ", ".join(f"{b.name} {b.center:g}" for b in s.bands)) for s in sensors.values())),
+        "Classes": rows(("class", "mask values", "colour"), [
+            (c, names(i), "#{:02x}{:02x}{:02x}".format(*p)) for i, (c, p) in enumerate(zip(task.classes, task.palette))]
+            + [("(ignored)", names(255), "")]),
+        "Options": rows(("option", "default", "meaning"), (
+            (k, f"`{','.join(map(str, o.default)) if isinstance(o.default, (list, tuple)) else o.default}`", o.help)
+            for k, o in {**r.options, **COMMON}.items())),
+        "Known pitfalls": "\n".join(f"- {t}" for t in r.traps)}
+    head = (f"# {task.title}\n\n- home: {r.home}\n- licence: {r.licence}\n- access: {r.access}\n- cite: {r.citation}\n"
+            f"- benchmark: `{r.task}`\n"
             f"- make it: `spectralmoe data prepare {r.name} --from ARCHIVES --to DATA`, then `SPECTRALMOE_DATA=DATA`")
     return "\n\n".join([head, *(f"## {k}\n\n{v}" for k, v in parts.items())]) + "\n"
 
-# %% ../../nbs/archives/08_prepare.ipynb #2055df23
+# %% ../../nbs/archives/08_prepare.ipynb #ce5c58ba
 def prepare(
-    name: str,  # of a data set
-    source: str | Path,  # folder with the archives as downloaded, or with what was unpacked from them
-    to: str | Path,  # data folder; receives a folder of the data set's name
-    options: Mapping[str, object] | None = None,  # see `info`
-    workers: int = 0,  # threads; 0: one per core
-    progress: bool | None = None,  # show a bar; None: in a terminal only
-) -> Path:  # the manifest
+    name: str, # of a data set
+    source: str | Path, # folder with the archives as downloaded, or with what was unpacked from them
+    to: str | Path, # data folder; receives a folder of the data set's name
+    options: Mapping[str, object] | None = None, # see `info`
+    workers: int = 0, # threads; 0: one per core
+    progress: bool | None = None, # show a bar; None: in a terminal only
+) -> Path: # the manifest; its "warnings" say what is incomplete
     "Archives into tiles; the same command goes on where it was stopped, and does nothing when all is done."
     return prepare_with(recipe(name), source, to, options, workers, progress)
 
+# %% ../../nbs/archives/08_prepare.ipynb #732193ec
 def verify(
-    name: str,  # of a data set
-    to: str | Path,  # the data folder given to `prepare`
-    workers: int = 0,  # threads; 0: one per core
-    progress: bool | None = None,  # show a bar; None: in a terminal only
-) -> int:  # files looked at
+    name: str, # of a data set
+    to: str | Path, # the data folder given to `prepare`
+    workers: int = 0, # threads; 0: one per core
+    progress: bool | None = None, # show a bar; None: in a terminal only
+) -> int: # files looked at
     "Every file against the manifest; raises if one differs, is missing or is too much."
-    return verify_folder(Path(to) / recipe(name).name, workers, progress)
+    return verify_folder(Path(to) / recipe(name).name, workers=workers, progress=progress)
 
-# %% ../../nbs/archives/08_prepare.ipynb #854062f3
+# %% ../../nbs/archives/08_prepare.ipynb #2acf0c61
 def counts(
-    name: str,  # of a data set
-    to: str | Path,  # the data folder given to `prepare`
-):  # pandas DataFrame, a row per domain
+    name: str, # of a data set
+    to: str | Path, # the data folder given to `prepare`
+): # pandas DataFrame, a row per domain
     "Scenes and tiles beside the published numbers."
     import pandas as pd
     r, said = recipe(name), read_manifest(Path(to) / recipe(name).name)
-    rows = {d: dict(scenes=v["scenes"], tiles=v["tiles"], published=r.expected.get(d), off_palette=v["off_palette"]) for d, v in said["domains"].items()}
+    rows = {d: dict(scenes=v["scenes"], tiles=v["tiles"], published=r.expected.get(d), off_palette=v["off_palette"])
+            for d, v in said["domains"].items()}
     return pd.DataFrame(rows).T.astype("Int64")
 
-# %% ../../nbs/archives/08_prepare.ipynb #804bae1f
+# %% ../../nbs/archives/08_prepare.ipynb #9a76b97b
 def compare_statistics(
-    name: str,  # of a data set
-    to: str | Path,  # the data folder given to `prepare`
-):  # pandas DataFrame, a row per band
-    "Mean and standard deviation of the source beside those of the released configuration."
+    name: str, # of a data set
+    to: str | Path, # the data folder given to `prepare`
+): # pandas DataFrame, a row per band
+    "Mean and standard deviation of the source beside those of the authors' configuration."
     import pandas as pd
     task, ours = benchmark(recipe(name).task), read_manifest(Path(to) / recipe(name).name)["statistics"]
-    theirs = task.authors
-    table = pd.DataFrame({"mean": ours["mean"], "released mean": theirs["mean"], "std": ours["std"], "released std": theirs["std"]}, ours["bands"])
-    table.insert(2, "difference", table["mean"] - table["released mean"])
-    return table.assign(**{"difference of std": table["std"] - table["released std"]}).round(4)
+    table = pd.DataFrame({"mean": ours["mean"], "authors' mean": task.authors["mean"], "std": ours["std"],
+                          "authors' std": task.authors["std"]}, ours["bands"])
+    table.insert(2, "difference", table["mean"] - table["authors' mean"])
+    return table.assign(**{"difference of std": table["std"] - table["authors' std"]}).round(4)
 
-# %% ../../nbs/archives/08_prepare.ipynb #07b29283
+# %% ../../nbs/archives/08_prepare.ipynb #cef6d6e4
 def preview(
-    name: str,  # of a data set
-    to: str | Path,  # the data folder given to `prepare`
-    tiles: int = 3,  # of each domain
-) -> Path:  # preview.png in the data set's folder
+    name: str, # of a data set
+    to: str | Path, # the data folder given to `prepare`
+    tiles: int = 3, # of each domain
+) -> Path: # preview.png in the data set's folder
     "Tiles, labels and class shares of every domain."
     import matplotlib.pyplot as plt
-    import numpy as np
-    from spectralmoe.benchmarks import plot_legend
-    from spectralmoe.datasets import DomainDataModule, as_picture
-    data, folder = DomainDataModule(recipe(name).task, to), Path(to) / recipe(name).name
+    from spectralmoe.datasets import DomainDataModule
+    if tiles < 1: raise ValueError(f"tiles={tiles}; expected 1 or more of each domain")
+    data = DomainDataModule(recipe(name).task, to)
     task, domains = data.benchmark, {data.benchmark.source.name: data.source, **data.targets}
-    colours = np.zeros((256, 3), "uint8")
-    colours[:task.n_classes] = task.palette
-    fig, axes = plt.subplots(len(domains), 2 * tiles + 1, figsize=(1.7 * (2 * tiles + 1), 1.8 * len(domains) + .8), dpi=80,
-                             squeeze=False, layout="constrained")
+    rgb, shares = [task.bands.index(b) for b in task.rgb], data.check().labels
+    size = 1.7 * (2 * tiles + 1), 1.8 * len(domains) + 0.8
+    fig, axes = plt.subplots(len(domains), 2 * tiles + 1, figsize=size, squeeze=False, layout="constrained")
     for row, (domain, part) in zip(axes, domains.items()):
         for ax in row[:-1]: ax.axis("off")
         for k in range(min(tiles, len(part))):
             item = part.standardised(None)[k * len(part) // tiles]
-            rgb = [task.bands.index(b) for b in task.rgb]
-            row[2 * k].imshow(as_picture(item["image"].numpy(), rgb, item["valid"].numpy()), interpolation="nearest")
-            row[2 * k].set_title(item["name"][-24:], fontsize=6)
-            row[2 * k + 1].imshow(colours[item["label"].numpy()], interpolation="nearest")
-        row[0].text(-.08, .5, domain, transform=row[0].transAxes, rotation=90, va="center", ha="right", fontsize=8)
-        table = data.check().labels[domain].groupby("class").share.sum().reindex(task.classes, fill_value=0)
-        row[-1].barh(task.classes, table, color=[[v / 255 for v in c] for c in task.palette], edgecolor=".6", lw=.5)
+            row[2 * k].imshow(stretch(item["image"].numpy(), rgb, item["valid"].numpy()), interpolation="nearest")
+            row[2 * k].set_title(item["name"][-24:], fontsize=7)
+            row[2 * k + 1].imshow(paint(item["label"].numpy(), task.palette), interpolation="nearest")
+        row[0].text(-0.08, 0.5, domain, transform=row[0].transAxes, rotation=90, va="center", ha="right", fontsize=8)
+        table = shares[domain].groupby("class").share.sum().reindex(task.classes, fill_value=0)
+        row[-1].barh(task.classes, table, color=[[v / 255 for v in c] for c in task.palette], edgecolor="0.6", lw=0.5)
         row[-1].invert_yaxis()
         row[-1].set(yticks=[], xlabel="share of pixels")
-        row[-1].tick_params(labelsize=6)
-    plot_legend(task, fig, loc="outside lower center", ncols=6, fontsize=7)
+        row[-1].tick_params(labelsize=7)
+    draw_legend(task.classes, task.palette, fig, loc="outside lower center", ncols=6, fontsize=7)
     fig.suptitle(task.title, fontsize=9)
-    path = folder / "preview.png"
-    fig.savefig(path)
+    path = write_figure(fig, Path(to) / recipe(name).name / "preview.png")
     plt.close(fig)
     return path

@@ -4,20 +4,27 @@
 
 # %% auto #0
 __all__ = ['OPTICAL', 'SPECTRAL_FAMILIES', 'SPECTRAL_BACKBONES', 'spectral_bands', 'match_sentinel2', 'sincos_table',
-           'response_curves', 'SenPaMAE', 'band_statistics']
+           'SpectralFamily', 'torchgeo_module', 'DOFAFamily', 'CopernicusFMFamily', 'PanopticonFamily', 'SoftConFamily',
+           'GroupedFamily', 'response_curves', 'SenPaMAE', 'SenPaMAEFamily', 'GalileoFamily', 'band_statistics']
 
-# %% ../../nbs/encoders/02_spectral.ipynb #53c8f32d
-import importlib, platform
+# %% ../../nbs/encoders/02_spectral.ipynb #e353cc71
+import importlib
+import platform
 from collections import Counter
 from functools import partial
-import torch
-from torch import Tensor, nn
-import torch.nn.functional as F
-from ..bands import SENSORS, Sensor
-from .vit import BackboneSpec, Family, Format, resize_positions
 
-# %% ../../nbs/encoders/02_spectral.ipynb #637b80e9
-OPTICAL = (0.3, 2.6) # micrometres: what the models of this room were pretrained on lies within
+import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
+from torch import Tensor, nn
+
+from ..bands import SENSORS, Sensor
+from .files import resize_positions
+from .vit import BackboneSpec, Family, Format
+from ..files import few
+
+# %% ../../nbs/encoders/02_spectral.ipynb #2cad5f38
+OPTICAL = (0.3, 2.6) # micrometres: what the models of this page were pretrained on lies within
 
 def spectral_bands(
     name: str, # of the model, for the message
@@ -30,14 +37,14 @@ def spectral_bands(
         "as SENSORS['gf2'], not a number")
     if len(sensor) != n_bands: raise ValueError(
         f"{name} got images of {n_bands} bands and {sensor} of {len(sensor)} bands at "
-        f"{', '.join(f'{w:g}' for w in sensor.wavelengths)} um: take the sensor of these images, or `Sensor.select`")
-    beyond = [f"{b.name} at {b.center:g} um" for b in sensor.bands if not OPTICAL[0] <= b.center <= OPTICAL[1]]
+        f"{few(f'{w:g}' for w in sensor.wavelengths)} um: take the sensor of these images, or `Sensor.select`")
+    beyond = few(f"{b.name} at {b.center:g} um" for b in sensor.bands if not OPTICAL[0] <= b.center <= OPTICAL[1])
     if beyond: raise ValueError(
         f"{name} was pretrained on {OPTICAL[0]} to {OPTICAL[1]} um, and sensor {sensor.name!r} has "
-        f"{', '.join(beyond)}: leave those bands out with `Sensor.select`")
+        f"{beyond}: leave those bands out with `Sensor.select`")
     return sensor.wavelengths, sensor.widths
 
-# %% ../../nbs/encoders/02_spectral.ipynb #8dec5243
+# %% ../../nbs/encoders/02_spectral.ipynb #8cfecd59
 def match_sentinel2(
     name: str, # of the model, for the message
     sensor: Sensor, # the bands of the images
@@ -50,12 +57,12 @@ def match_sentinel2(
         if near: found[band.name] = min(near, key=lambda w: abs(w.center - band.center)).name
     lost = [f"{b.name} ({b.center:g} um)" for b in sensor.bands if b.name not in found]
     if lost: raise ValueError(
-        f"{name} knows the Sentinel-2 bands {', '.join(f'{w.name} ({w.center:g})' for w in wanted)}, and sensor "
-        f"{sensor.name!r} has bands that overlap with none of them: {', '.join(lost)}; leave them out: "
-        f"Sensor.select([{', '.join(map(repr, found))}]) and the same bands of the images")
+        f"{name} knows the Sentinel-2 bands {few((f'{w.name} ({w.center:g})' for w in wanted), 13)}, and sensor "
+        f"{sensor.name!r} has bands that overlap with none of them: {few(lost)}; leave them out: "
+        f"Sensor.select([{few(map(repr, found))}]) and the same bands of the images")
     return tuple(found.values())
 
-# %% ../../nbs/encoders/02_spectral.ipynb #cd47ac10
+# %% ../../nbs/encoders/02_spectral.ipynb #f5d7b590
 def sincos_table(
     dim: int, # token width, a multiple of 4
     side: int, # tokens per side
@@ -68,171 +75,180 @@ def sincos_table(
     rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
     return F.pad(torch.cat([columns, rows], -1).flatten(0, 1), (0, 0, 1, 0))[None]
 
-# %% ../../nbs/encoders/02_spectral.ipynb #2e398e0f
-def _grid(name, images, patch):
-    "Tokens down and across."
-    height, width = images.shape[-2:]
-    if height % patch or width % patch: raise ValueError(
-        f"{name} cuts {patch} x {patch} pixel patches and the image is {height} x {width}: pad or crop it")
-    return height // patch, width // patch
+# %% ../../nbs/encoders/02_spectral.ipynb #89a0cca5
+class SpectralFamily(Family):
+    "A family that takes the bands of a sensor as they are."
+    needs_sensor = True
 
-def _with_class(model, patches, positions):
-    "Class token first, positions added (one table entry per token)."
-    return torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], 1) + positions
+    def fit_bands(self, state, spec, sensor):
+        "Weights that fit every optical band need no fitting; other bands are refused."
+        spectral_bands(spec.family, len(sensor), sensor)
+        return state
 
-def _fixed(model, name, value=None):
-    "Turn a parameter that is never trained into a buffer (still part of the weights)."
-    value = getattr(model, name).data if value is None else value
-    delattr(model, name)
-    model.register_buffer(name, value)
+    def grid(self,
+        images: Tensor, # (B, C, H, W)
+        patch: int, # pixels per token side
+    ) -> tuple[int, int]: # tokens down and across
+        "Token grid of an image, refused unless whole patches fill it."
+        height, width = images.shape[-2:]
+        if height % patch or width % patch: raise ValueError(
+            f"{self.name} cuts {patch} x {patch} pixel patches and the image is {height} x {width}: pad or crop it")
+        return height // patch, width // patch
 
-def _check_float32(name, model):
-    if (dtype := model.blocks[0].norm1.weight.dtype) != torch.float32: raise TypeError(
-        f"{name} takes sines of hundreds of nanometres, its weights are {dtype} and expected torch.float32: "
-        "leave them so and save memory with precision='bf16-mixed' (torch.autocast)")
+    def with_class(self, model: nn.Module, patches: Tensor, positions: Tensor) -> Tensor: # (B, 1 + N, D)
+        "Class token first, positions (one table entry per token) added."
+        return torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], 1) + positions
 
-def _zero_biases(model):
-    "Libraries draw biases at random; a random model here is a function of its seed."
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-    return model
+    def prepared(self,
+        model: nn.Module, # the library's encoder
+        **fixed: Tensor | None, # parameter that is never trained: its value, None for the one it has
+    ) -> nn.Module: # the same: those parameters are buffers (still part of the weights), biases zero
+        "The library's encoder as a function of its matrices alone."
+        for name, value in fixed.items():
+            value = getattr(model, name).data if value is None else value
+            delattr(model, name)
+            model.register_buffer(name, value)
+        for module in model.modules(): # libraries draw biases at random
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and module.bias is not None: nn.init.zeros_(
+                module.bias)
+        return model
 
-# %% ../../nbs/encoders/02_spectral.ipynb #835ab8f9
-def _torchgeo(module):
+    def check_float32(self, model: nn.Module) -> None:
+        "Refuse weights of half precision where wavelengths are turned into sines."
+        if (dtype := model.blocks[0].norm1.weight.dtype) != torch.float32: raise TypeError(
+            f"{self.name} takes sines of hundreds of nanometres, its weights are {dtype} and expected torch.float32: "
+            "leave them so and save memory with precision='bf16-mixed' (torch.autocast)")
+
+# %% ../../nbs/encoders/02_spectral.ipynb #2590c8f8
+def torchgeo_module(
+    name: str, # of a module in torchgeo.models
+): # the module
     "A module of torchgeo.models, imported when a model needs it."
-    try: return importlib.import_module(f"torchgeo.models.{module}")
+    try: return importlib.import_module(f"torchgeo.models.{name}")
     except ModuleNotFoundError as error: raise ModuleNotFoundError(
-        f"{module} is built by torchgeo, and Python {platform.python_version()} here has no {error.name!r}: with "
+        f"{name} is built by torchgeo, and Python {platform.python_version()} here has no {error.name!r}: with "
         "Python 3.11 or later, `pip install 'torchgeo>=0.8.1' requests`", name=error.name) from error
 
-# %% ../../nbs/encoders/02_spectral.ipynb #e1ad41c2
-def _dofa(size):
-    "torchgeo's DOFA without its head."
-    model = _torchgeo("dofa").DOFA(img_size=size["side"] * size["patch_size"], patch_size=size["patch_size"],
-        embed_dim=size["dim"], depth=size["n_layers"], num_heads=size["n_heads"], num_classes=0)
-    model.fc_norm = nn.Identity()
-    _fixed(model, "pos_embed", sincos_table(size["dim"], size["side"]))
-    return _zero_biases(model)
-
-def _dofa_tokens(model, images, more, sensor):
-    centers, _ = spectral_bands("dofa", images.shape[1], sensor)
-    _check_float32("dofa", model)
-    grid = _grid("dofa", images, model.patch_size)
-    patches, _ = model.patch_embed(images, torch.tensor(centers, device=images.device))
-    return _with_class(model, patches, resize_positions(model.pos_embed, grid)), {}
-
-# %% ../../nbs/encoders/02_spectral.ipynb #4b71173c
-def _any_band(state, spec, sensor):
-    "Weights that fit every optical band need no fitting."
-    spectral_bands(spec.family, len(sensor), sensor)
-    return state
-
-def _blocks(model): return model.blocks
-
+# %% ../../nbs/encoders/02_spectral.ipynb #8ae129b9
 _kept = r"((?:cls_token|pos_embed|patch_embed\..*|blocks\..*))"
 
-_DOFA = Family("dofa", _dofa, _dofa_tokens, _blocks, (
-    Format("torchgeo", ((_kept, r"\1"),)),
-    Format("original", ((_kept, r"\1"), (r"mask_token|(?:norm|projector|fc_norm|head)\..*", None)))),
-    positions="pos_embed", fit_bands=_any_band, needs_sensor=True)
+class DOFAFamily(SpectralFamily):
+    "DOFA (arXiv 2403.15356) as torchgeo builds it."
+    name, positions = "dofa", "pos_embed"
+    formats = (
+        Format("torchgeo", ((_kept, r"\1"),)),
+        Format("original", ((_kept, r"\1"), (r"mask_token|(?:norm|projector|fc_norm|head)\..*", None))))
 
-# %% ../../nbs/encoders/02_spectral.ipynb #8394bbfe
-def _copernicus(size):
-    "torchgeo's Copernicus-FM without head and without the generator for variables that are no bands."
-    model = _torchgeo("copernicusfm").CopernicusFM(img_size=size["side"] * size["patch_size"],
-        patch_size=size["patch_size"], embed_dim=size["dim"], depth=size["n_layers"], num_heads=size["n_heads"],
-        num_classes=0, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-    model.fc_norm = model.patch_embed_variable = nn.Identity()
-    _fixed(model, "pos_embed", sincos_table(size["dim"], size["side"]))
-    return _zero_biases(model)
+    def build(self, size):
+        model = torchgeo_module("dofa").DOFA(img_size=size["side"] * size["patch_size"], patch_size=size["patch_size"],
+            embed_dim=size["dim"], depth=size["n_layers"], num_heads=size["n_heads"], num_classes=0)
+        model.fc_norm = nn.Identity()
+        return self.prepared(model, pos_embed=sincos_table(size["dim"], size["side"]))
 
-def _copernicus_tokens(model, images, more, sensor):
-    resize = _torchgeo("copernicusfm").resize_abs_pos_embed
-    bands = spectral_bands("copernicus-fm", images.shape[1], sensor)
-    _check_float32("copernicus-fm", model)
-    waves = [1000 * torch.tensor(um, device=images.device) for um in bands] # nanometres
-    grid = _grid("copernicus-fm", images, model.patch_embed_spectral.kernel_size)
-    side = round(model.num_patches ** .5)
-    patches = model.patch_embed_spectral(images, *waves)
-    unknown = sum(fc(t) for fc, t in ((model.coord_fc, model.coord_token), (model.scale_fc, model.scale_token),
-        (model.time_fc, model.time_token)))
-    return _with_class(model, patches, resize(model.pos_embed, grid, (side, side)) + unknown), {}
+    def embed(self, model, images, more, sensor):
+        centers, _ = spectral_bands(self.name, images.shape[1], sensor)
+        self.check_float32(model)
+        grid = self.grid(images, model.patch_size)
+        patches, _ = model.patch_embed(images, torch.tensor(centers, device=images.device))
+        return self.with_class(model, patches, resize_positions(model.pos_embed, grid)), {}
 
-# %% ../../nbs/encoders/02_spectral.ipynb #debf35f7
+# %% ../../nbs/encoders/02_spectral.ipynb #4ba24aac
 _kept_fm = r"((?:cls_token|pos_embed|patch_embed_spectral\..*|(?:coord|scale|time)_(?:fc\..*|token)|blocks\..*))"
-_COPERNICUS = Family("copernicus-fm", _copernicus, _copernicus_tokens, _blocks, (
-    Format("original", ((_kept_fm, r"\1"),
-        (r"mask_token|(?:patch_embed_variable|norm|fc_norm|head)\..*", None))),),
-    positions="pos_embed", fit_bands=_any_band, needs_sensor=True)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #3de5c6ce
-def _panopticon(size):
-    "timm's DINOv2 behind torchgeo's patch embedding, as torchgeo puts them together, at any size."
-    import timm
-    dim, patch, side = size["dim"], size["patch_size"], size["side"]
-    if dim % 16: raise ValueError(
-        f"panopticon: dim {dim} has to be a multiple of 16, the heads of its attention over bands: change dim")
-    model = timm.create_model("vit_base_patch14_dinov2", img_size=side * patch, patch_size=patch, embed_dim=dim,
-        depth=size["n_layers"], num_heads=size["n_heads"], num_classes=0)
-    model.patch_embed = _torchgeo("panopticon").PanopticonPE(attn_dim=3 * dim, embed_dim=dim, patch_size=patch,
-        img_size=side * patch, chnfus_cfg=dict(attn_cfg=dict(num_heads=16)))
-    model.norm = nn.Identity()
-    return _zero_biases(model)
+class CopernicusFMFamily(SpectralFamily):
+    "Copernicus-FM (arXiv 2503.11849) as torchgeo builds it, without the generator for variables that are no bands."
+    name, positions = "copernicus-fm", "pos_embed"
+    formats = (Format("original", ((_kept_fm, r"\1"),
+        (r"mask_token|(?:patch_embed_variable|norm|fc_norm|head)\..*", None))),)
 
-def _panopticon_tokens(model, images, more, sensor):
-    resize = _torchgeo("copernicusfm").resize_abs_pos_embed
-    centers, _ = spectral_bands("panopticon", images.shape[1], sensor)
-    _check_float32("panopticon", model)
-    grid = _grid("panopticon", images, model.patch_embed.patch_size[0])
-    whole = [float(int(1000 * um + 1e-6)) for um in centers] # nanometres, cut as the model cuts them
-    ids = torch.tensor(whole, device=images.device).expand(len(images), -1).clone() # torchgeo writes into it
-    patches = model.patch_embed(dict(imgs=images, chn_ids=ids))
-    return _with_class(model, patches, resize(model.pos_embed, grid, model.patch_embed.grid_size)), {}
+    def build(self, size):
+        model = torchgeo_module("copernicusfm").CopernicusFM(img_size=size["side"] * size["patch_size"],
+            patch_size=size["patch_size"], embed_dim=size["dim"], depth=size["n_layers"], num_heads=size["n_heads"],
+            num_classes=0, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        model.fc_norm = model.patch_embed_variable = nn.Identity()
+        return self.prepared(model, pos_embed=sincos_table(size["dim"], size["side"]))
 
-# %% ../../nbs/encoders/02_spectral.ipynb #fc1ec1e0
+    def embed(self, model, images, more, sensor):
+        resize = torchgeo_module("copernicusfm").resize_abs_pos_embed
+        bands = spectral_bands(self.name, images.shape[1], sensor)
+        self.check_float32(model)
+        waves = [1000 * torch.tensor(um, device=images.device) for um in bands] # nanometres
+        grid = self.grid(images, model.patch_embed_spectral.kernel_size)
+        side = round(model.num_patches ** 0.5)
+        patches = model.patch_embed_spectral(images, *waves)
+        unknown = sum(fc(t) for fc, t in ((model.coord_fc, model.coord_token), (model.scale_fc, model.scale_token),
+            (model.time_fc, model.time_token)))
+        return self.with_class(model, patches, resize(model.pos_embed, grid, (side, side)) + unknown), {}
+
+# %% ../../nbs/encoders/02_spectral.ipynb #018b0249
 _DINOV2_FILE = Format("original", ((_kept, r"\1"), (r"mask_token|norm\..*", None)))
-_PANOPTICON = Family("panopticon", _panopticon, _panopticon_tokens, _blocks, (_DINOV2_FILE,), positions="pos_embed",
-    unused=r"patch_embed\.chnfus\.chnemb\..*", fit_bands=_any_band, needs_sensor=True)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #307a3e29
-def _softcon(size):
-    "timm's DINOv2 for any number of bands."
-    import timm
-    model = timm.create_model("vit_base_patch14_dinov2", img_size=size["side"] * size["patch_size"],
-        patch_size=size["patch_size"], in_chans=size["bands"], embed_dim=size["dim"], depth=size["n_layers"],
-        num_heads=size["n_heads"], num_classes=0)
-    model.norm = nn.Identity()
-    return _zero_biases(model)
+class PanopticonFamily(SpectralFamily):
+    "Panopticon (arXiv 2503.10845): timm's DINOv2 behind torchgeo's patch embedding, at any size."
+    name, positions, unused, formats = "panopticon", "pos_embed", r"patch_embed\.chnfus\.chnemb\..*", (_DINOV2_FILE,)
 
-def _softcon_tokens(model, images, more, sensor):
-    grid = _grid("softcon", images, model.patch_embed.patch_size[0])
-    patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
-    if more is not None: patches = patches + more
-    return _with_class(model, patches, resize_positions(model.pos_embed, grid)), {}
+    def build(self, size):
+        import timm
+        dim, patch, side = size["dim"], size["patch_size"], size["side"]
+        if dim % 16: raise ValueError(
+            f"panopticon: dim {dim} has to be a multiple of 16, the heads of its attention over bands: change dim")
+        model = timm.create_model("vit_base_patch14_dinov2", img_size=side * patch, patch_size=patch, embed_dim=dim,
+            depth=size["n_layers"], num_heads=size["n_heads"], num_classes=0)
+        model.patch_embed = torchgeo_module("panopticon").PanopticonPE(attn_dim=3 * dim, embed_dim=dim,
+            patch_size=patch,
+            img_size=side * patch, chnfus_cfg=dict(attn_cfg=dict(num_heads=16)))
+        model.norm = nn.Identity()
+        return self.prepared(model)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #66df3303
-def _softcon_bands(state, spec, sensor):
-    "The kernels of the Sentinel-2 bands that the sensor's bands stand for, in the sensor's order."
-    matched = match_sentinel2("softcon", sensor, spec.bands)
-    share = torch.tensor([1 / Counter(matched)[b] for b in matched])
-    kernel = state["patch_embed.proj.weight"][:, [spec.bands.index(b) for b in matched]]
-    return {**state, "patch_embed.proj.weight": kernel * share.to(kernel)[:, None, None]}
+    def embed(self, model, images, more, sensor):
+        resize = torchgeo_module("copernicusfm").resize_abs_pos_embed
+        centers, _ = spectral_bands(self.name, images.shape[1], sensor)
+        self.check_float32(model)
+        grid = self.grid(images, model.patch_embed.patch_size[0])
+        whole = [float(int(1000 * um + 1e-6)) for um in centers] # nanometres, cut as the model cuts them
+        ids = torch.tensor(whole, device=images.device).expand(len(images), -1).clone() # torchgeo writes into it
+        patches = model.patch_embed(dict(imgs=images, chn_ids=ids))
+        return self.with_class(model, patches, resize(model.pos_embed, grid, model.patch_embed.grid_size)), {}
 
-_SOFTCON = Family("softcon", _softcon, _softcon_tokens, _blocks, (_DINOV2_FILE,), kernel="patch_embed.proj.weight",
-    positions="pos_embed", fit_bands=_softcon_bands, needs_sensor=True)
+# %% ../../nbs/encoders/02_spectral.ipynb #eaa0650e
+class SoftConFamily(SpectralFamily):
+    "SoftCon (arXiv 2405.20462): timm's DINOv2 for the bands of Sentinel-2, or some of them."
+    name, kernel, positions, formats = "softcon", "patch_embed.proj.weight", "pos_embed", (_DINOV2_FILE,)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #143ba5e0
-def _patches(tokens, args):
-    "Mean over the bands of a patch: (b, n * groups, d) -> (b, n, d)."
-    return tokens.unflatten(1, (-1, args["groups"])).mean(2)
+    def build(self, size):
+        import timm
+        model = timm.create_model("vit_base_patch14_dinov2", img_size=size["side"] * size["patch_size"],
+            patch_size=size["patch_size"], in_chans=size["bands"], embed_dim=size["dim"], depth=size["n_layers"],
+            num_heads=size["n_heads"], num_classes=0)
+        model.norm = nn.Identity()
+        return self.prepared(model)
 
-def _replace(tokens, refined, args):
-    "The change of the mean, added to every band of the patch."
-    change = refined - _patches(tokens, args)
-    return tokens + change.repeat_interleave(args["groups"], 1)
+    def embed(self, model, images, more, sensor):
+        grid = self.grid(images, model.patch_embed.patch_size[0])
+        patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        if more is not None: patches = patches + more
+        return self.with_class(model, patches, resize_positions(model.pos_embed, grid)), {}
 
-# %% ../../nbs/encoders/02_spectral.ipynb #18ead238
+    def fit_bands(self, state, spec, sensor):
+        "The kernels of the Sentinel-2 bands that the sensor's bands stand for, in the sensor's order."
+        matched = match_sentinel2(self.name, sensor, spec.bands)
+        share = torch.tensor([1 / Counter(matched)[b] for b in matched])
+        kernel = state[self.kernel][:, [spec.bands.index(b) for b in matched]]
+        return {**state, self.kernel: kernel * share.to(kernel)[:, None, None]}
+
+# %% ../../nbs/encoders/02_spectral.ipynb #c2b2a84d
+class GroupedFamily(SpectralFamily):
+    "A family with a token for every band, or group of bands, of every patch."
+    def patches(self, tokens, args, n_prefix=0):
+        "Mean over the groups of a patch: (b, n * groups, d) -> (b, n, d)."
+        return tokens.unflatten(1, (-1, args["groups"])).mean(2)
+
+    def replace(self, tokens, refined, args, n_prefix=0):
+        "The change of the mean, added to every group of the patch."
+        change = refined - self.patches(tokens, args)
+        return tokens + change.repeat_interleave(args["groups"], 1)
+
+# %% ../../nbs/encoders/02_spectral.ipynb #1a98a474
 def response_curves(
     sensor: Sensor, # its bands' centres and widths
 ) -> Tensor: # (bands, 2301) response at 300, 301, ..., 2600 nm, 1 at the centre
@@ -240,11 +256,7 @@ def response_curves(
     nm, centers, widths = torch.arange(300., 2601), torch.tensor(sensor.wavelengths), torch.tensor(sensor.widths)
     return torch.exp2(-(2 * (nm - 1000 * centers[:, None]) / (1000 * widths[:, None])) ** 2)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #91ae43ba
-def _mlp(*widths): # with a ReLU between every two layers
-    layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
-
+# %% ../../nbs/encoders/02_spectral.ipynb #2b94876f
 class SenPaMAE(nn.Module):
     "Encoder of SenPa-MAE (arXiv 2408.11000): a token for every band of every patch."
     def __init__(self,
@@ -256,19 +268,22 @@ class SenPaMAE(nn.Module):
     ):
         from timm.models.vision_transformer import Block
         super().__init__()
+        def mlp(*widths): # with a ReLU between every two layers
+            layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
+            return nn.Sequential(*layers[:-1])
         self.patch_size, self.patch = patch_size, nn.Linear(patch_size ** 2, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, side * side, dim))
-        self.response = nn.Sequential(*_mlp(2301, 2 * dim, dim, dim, dim, dim), nn.ReLU())
-        self.gsd = _mlp(1, dim // 2, dim, 2 * dim, dim, dim)
+        self.response = nn.Sequential(*mlp(2301, 2 * dim, dim, dim, dim, dim), nn.ReLU())
+        self.gsd = mlp(1, dim // 2, dim, 2 * dim, dim, dim)
         self.blocks = nn.ModuleList([Block(dim, n_heads) for _ in range(n_layers)])
 
     def forward(self,
-        images: Tensor, # (B, C, H, W) reflectance
+        images: Tensor, # (B, C, H, W) reflectance, sides multiples of the patch
         curves: Tensor, # (C, 2301) spectral responses
         gsd: Tensor, # (C,) pixel size in metres
     ) -> Tensor: # (B, H/p * W/p * C, dim) tokens, the bands of a patch side by side
         "Tokens that enter the first block."
-        b, c, (h, w) = *images.shape[:2], _grid("senpamae", images, self.patch_size)
+        b, c, (h, w) = *images.shape[:2], (side // self.patch_size for side in images.shape[-2:])
         kernel = self.patch.weight.unflatten(1, (1, self.patch_size, self.patch_size))
         single = images.reshape(b * c, 1, *images.shape[2:])
         patches = F.conv2d(single, kernel, self.patch.bias, stride=self.patch_size)
@@ -276,102 +291,109 @@ class SenPaMAE(nn.Module):
         sensor = self.response(curves.to(images)) + self.gsd(gsd.to(images)[:, None]) # (c, dim)
         return (patches.view(b, c, -1, h * w).permute(0, 3, 1, 2) + place + sensor).flatten(1, 2)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #61e8be27
-def _senpamae(size):
-    return _zero_biases(SenPaMAE(size["dim"], size["n_layers"], size["n_heads"], size["patch_size"], size["side"]))
+# %% ../../nbs/encoders/02_spectral.ipynb #417d7d6d
+class SenPaMAEFamily(GroupedFamily):
+    "SenPa-MAE (arXiv 2408.11000), by the class above."
+    name = "senpamae"
+    formats = (Format("original", (
+        (r"linEmmbedingLayer\.(weight|bias)", r"patch.\1"), (r"pos_embedding", "pos_embed"),
+        (r"linEmmbedingLayerResponsefunction\.network\.(.*)", r"response.\1"),
+        (r"linEmmbedingLayerGSD\.network\.0\.(.*)", r"gsd.\1"),
+        (r"transformer\.(.*)", r"blocks.\1"), (r"layer_norm\..*", None)),
+        ("encoder.", "_orig_mod.encoder.", ""), r"(?:_orig_mod\.)?decoder\..*"),)
 
-def _senpamae_tokens(model, images, more, sensor):
-    spectral_bands("senpamae", images.shape[1], sensor)
-    if sensor.gsd is None: raise ValueError(
-        f"senpamae has to know the pixel size and sensor {sensor.name!r} has none: give it one, "
-        "dataclasses.replace(sensor, gsd=metres)")
-    gsd = torch.full((len(sensor),), float(sensor.gsd), device=images.device)
-    return model(images, response_curves(sensor), gsd), dict(groups=len(sensor))
+    def build(self, size):
+        return self.prepared(SenPaMAE(size["dim"], size["n_layers"], size["n_heads"], size["patch_size"], size["side"]))
 
-def _bare_step(block, tokens, args): return block(tokens)
+    def embed(self, model, images, more, sensor):
+        spectral_bands(self.name, images.shape[1], sensor)
+        self.grid(images, model.patch_size)
+        if sensor.gsd is None: raise ValueError(
+            f"senpamae has to know the pixel size and sensor {sensor.name!r} has none: give it one, "
+            "dataclasses.replace(sensor, gsd=metres)")
+        gsd = torch.full((len(sensor),), float(sensor.gsd), device=images.device)
+        return model(images, response_curves(sensor), gsd), dict(groups=len(sensor))
 
-_SENPAMAE_KEYS = (
-    (r"linEmmbedingLayer\.(weight|bias)", r"patch.\1"), (r"pos_embedding", "pos_embed"),
-    (r"linEmmbedingLayerResponsefunction\.network\.(.*)", r"response.\1"),
-    (r"linEmmbedingLayerGSD\.network\.0\.(.*)", r"gsd.\1"),
-    (r"transformer\.(.*)", r"blocks.\1"), (r"layer_norm\..*", None))
-_SENPAMAE = Family("senpamae", _senpamae, _senpamae_tokens, _blocks,
-    (Format("original", _SENPAMAE_KEYS, ("encoder.", "_orig_mod.encoder.", ""), r"(?:_orig_mod\.)?decoder\..*"),),
-    step=_bare_step, patches=_patches, replace=_replace, fit_bands=_any_band, needs_sensor=True)
+    def step(self, block, tokens, args): return block(tokens)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #96358e1c
-def _galileo_code():
-    "The authors' single_file_galileo.py, wherever Python finds it."
-    try: return importlib.import_module("single_file_galileo")
+# %% ../../nbs/encoders/02_spectral.ipynb #81032c0b
+_GALILEO_GROUPS = {"S2_RGB": ("B2", "B3", "B4"), "S2_Red_Edge": ("B5", "B6", "B7"), "S2_NIR_10m": ("B8",),
+    "S2_NIR_20m": ("B8A",), "S2_SWIR": ("B11", "B12")}
+_GALILEO_BANDS = sum(_GALILEO_GROUPS.values(), ())
+_galileo_kept = (r"((?:pos_embed|month_embed\.weight|(?:s_t|sp|t|st)_channel_embed|blocks\..*|norm\..*|"
+    r"(?:space_time|space|time|static)_embed\..*))")
+
+class GalileoFamily(GroupedFamily):
+    "Galileo (arXiv 2502.09356), by its authors' file."
+    name = "galileo"
+    formats = (Format("original", ((_galileo_kept, r"\1"),),
+        before=lambda state: {k.replace(".backbone", ""): v for k, v in state.items()}),)
+    unused = r"norm\..*|(?:space|time|static)_embed\..*|(?:sp|t|st)_channel_embed|space_time_embed\.(?:S1|NDVI)\..*"
+
+    def groups(self,
+        sensor: Sensor, # the bands of the images
+    ) -> dict[str, list[int]]: # for every group of Sentinel-2 bands that the sensor has all of: positions of its bands
+        "Which groups of bands a sensor has."
+        matched = match_sentinel2(self.name, sensor, _GALILEO_BANDS)
+        whole = {g: bands for g, bands in _GALILEO_GROUPS.items() if set(bands) <= set(matched)}
+        groups = {g: [matched.index(b) for b in bands] for g, bands in whole.items()}
+        used = [i for at in groups.values() for i in at]
+        left = [f"{sensor.names[i]} ({b})" for i, b in enumerate(matched) if i not in used]
+        if left: raise ValueError(
+            f"galileo takes whole groups of bands, each once ({'; '.join(map(' '.join, _GALILEO_GROUPS.values()))}), and "
+            f"of sensor {sensor.name!r} it cannot use {few(left)}: leave them out with `Sensor.select`")
+        return groups
+
+    def fit_bands(self, state, spec, sensor):
+        self.groups(sensor)
+        return state
+
+    def step(self, block, tokens, args): return block(tokens, None, None)
+
+# %% ../../nbs/encoders/02_spectral.ipynb #4abc554f
+@patch
+def build(self: GalileoFamily, size):
+    "The authors' encoder, wherever Python finds it."
+    try: code = importlib.import_module("single_file_galileo")
     except ModuleNotFoundError as error: raise ModuleNotFoundError(
         f"galileo needs its authors' file, and Python finds no {error.name!r} here: put single_file_galileo.py from "
         "https://github.com/nasaharvest/galileo (MIT) where Python looks, for instance beside your notebook, and "
         "`pip install einops`", name=error.name) from error
-
-# %% ../../nbs/encoders/02_spectral.ipynb #42df0ad8
-def _galileo(size):
-    "The authors' encoder."
-    model = _galileo_code().Encoder(embedding_size=size["dim"], depth=size["n_layers"], num_heads=size["n_heads"],
+    model = code.Encoder(embedding_size=size["dim"], depth=size["n_layers"], num_heads=size["n_heads"],
         mlp_ratio=4, max_patch_size=8)
     model.patch_size = size["patch_size"]
-    _fixed(model, "pos_embed")
-    _fixed(model.month_embed, "weight")
-    return _zero_biases(model)
+    self.prepared(model.month_embed, weight=None)
+    return self.prepared(model, pos_embed=None)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #9f91def4
-_GALILEO_GROUPS = {"S2_RGB": ("B2", "B3", "B4"), "S2_Red_Edge": ("B5", "B6", "B7"), "S2_NIR_10m": ("B8",),
-    "S2_NIR_20m": ("B8A",), "S2_SWIR": ("B11", "B12")}
-_GALILEO_BANDS = sum(_GALILEO_GROUPS.values(), ())
-
-def _galileo_groups(sensor):
-    "For every group of Sentinel-2 bands that the sensor has all of: positions of its bands."
-    matched = match_sentinel2("galileo", sensor, _GALILEO_BANDS)
-    whole = {g: bands for g, bands in _GALILEO_GROUPS.items() if set(bands) <= set(matched)}
-    groups = {g: [matched.index(b) for b in bands] for g, bands in whole.items()}
-    used = [i for at in groups.values() for i in at]
-    left = [f"{sensor.names[i]} ({b})" for i, b in enumerate(matched) if i not in used]
-    if left: raise ValueError(
-        f"galileo takes whole groups of bands, each once ({'; '.join(map(' '.join, _GALILEO_GROUPS.values()))}), and of "
-        f"sensor {sensor.name!r} it cannot use {', '.join(left)}: leave them out with `Sensor.select`")
-    return groups
-
-# %% ../../nbs/encoders/02_spectral.ipynb #1fcd7757
-def _galileo_places(model, groups, grid, gsd, images):
-    "(h, w, groups, dim): group, month and place of every token, from the authors' encodings of zeros."
-    zeros = lambda *shape: torch.zeros(1, *shape, model.embedding_size, device=images.device)
-    month = torch.full((1, 1), 5, dtype=torch.long, device=images.device) # June, counted from 0
+@patch
+def places(self: GalileoFamily,
+    model: nn.Module, # from `build`
+    groups: dict, # from `groups`
+    grid: tuple[int, int], # tokens down and across
+    gsd: float, # pixel size in metres
+    device, # of the images
+) -> Tensor: # (h, w, groups, dim)
+    "Group, month and place of every token, from the authors' encodings of zeros."
+    zeros = lambda *shape: torch.zeros(1, *shape, model.embedding_size, device=device)
+    month = torch.full((1, 1), 5, dtype=torch.long, device=device) # June, counted from 0
     side, names = max(grid), list(model.space_time_groups)
     places = model.apply_encodings(zeros(side, side, 1, len(names)), zeros(side, side, len(model.space_groups)),
         zeros(1, len(model.time_groups)), zeros(len(model.static_groups)), month, model.patch_size, gsd)[0]
     return places[0, :grid[0], :grid[1], 0, [names.index(g) for g in groups]]
 
-def _galileo_tokens(model, images, more, sensor):
-    spectral_bands("galileo", images.shape[1], sensor)
-    grid, groups = _grid("galileo", images, model.patch_size), _galileo_groups(sensor)
+@patch
+def embed(self: GalileoFamily, model, images, more, sensor):
+    spectral_bands(self.name, images.shape[1], sensor)
+    grid, groups = self.grid(images, model.patch_size), self.groups(sensor)
     pixels = images.permute(0, 2, 3, 1) # (b, H, W, c)
     patches = [model.space_time_embed[g](pixels[..., at], patch_size=model.patch_size) for g, at in groups.items()]
-    places = _galileo_places(model, groups, grid, sensor.gsd or 10, images)
+    places = self.places(model, groups, grid, sensor.gsd or 10, images.device)
     return (torch.stack(patches, 3) + places).flatten(1, 3), dict(groups=len(groups))
 
-# %% ../../nbs/encoders/02_spectral.ipynb #91199c0d
-def _galileo_bands(state, spec, sensor):
-    _galileo_groups(sensor)
-    return state
-
-def _galileo_step(block, tokens, args): return block(tokens, None, None)
-
-def _without_backbone(state): return {k.replace(".backbone", ""): v for k, v in state.items()}
-
-_galileo_kept = (r"((?:pos_embed|month_embed\.weight|(?:s_t|sp|t|st)_channel_embed|blocks\..*|norm\..*|"
-    r"(?:space_time|space|time|static)_embed\..*))")
-_GALILEO = Family("galileo", _galileo, _galileo_tokens, _blocks,
-    (Format("original", ((_galileo_kept, r"\1"),), before=_without_backbone),),
-    step=_galileo_step, patches=_patches, replace=_replace, fit_bands=_galileo_bands, needs_sensor=True,
-    unused=r"norm\..*|(?:space|time|static)_embed\..*|(?:sp|t|st)_channel_embed|space_time_embed\.(?:S1|NDVI)\..*")
-
-# %% ../../nbs/encoders/02_spectral.ipynb #bc676a87
+# %% ../../nbs/encoders/02_spectral.ipynb #7fe12a94
 SPECTRAL_FAMILIES: dict[str, Family] = {
-    f.name: f for f in (_DOFA, _COPERNICUS, _PANOPTICON, _SOFTCON, _SENPAMAE, _GALILEO)}
+    f.name: f for f in (DOFAFamily(), CopernicusFMFamily(), PanopticonFamily(), SoftConFamily(), SenPaMAEFamily(),
+        GalileoFamily())}
 
 _VIT = dict(small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16))
 
@@ -380,7 +402,6 @@ def _entry(family, sizes, patch_size, image_size, n_prefix_tokens=1, mean=(), st
     return BackboneSpec(kind="vfm", family=family, dim=dim, n_layers=n_layers, n_heads=n_heads, patch_size=patch_size,
         image_size=image_size, n_prefix_tokens=n_prefix_tokens, mean=mean, std=std, **more)
 
-# %% ../../nbs/encoders/02_spectral.ipynb #ed9ecb2f
 def _dofa_entry(size, *files):
     return _entry("dofa", _VIT[size], 16, 224, hub_id="torchgeo/dofa", files=files, licence="CC-BY-4.0",
         access="https://hf.co/torchgeo/dofa, or the authors' own file from https://hf.co/XShadow/DOFA",
@@ -391,7 +412,7 @@ def _copernicus_entry(size, *files):
         licence="CC-BY-4.0", access="https://hf.co/wangyi111/Copernicus-FM, or https://hf.co/torchgeo/copernicus-fm",
         source="arXiv 2503.11849, github.com/zhu-xlab/Copernicus-FM")
 
-# %% ../../nbs/encoders/02_spectral.ipynb #f4fca610
+# %% ../../nbs/encoders/02_spectral.ipynb #bdff3b0f
 def _two_deviations(mean, std):
     "Mean and deviation that take mean - 2 std to 0 and mean + 2 std to 1."
     return dict(mean=tuple(round(m - 2 * s, 2) for m, s in zip(mean, std)), std=tuple(round(4 * s, 2) for s in std))
@@ -415,7 +436,7 @@ def _galileo_entry(size, *sizes):
         hub_id="nasaharvest/galileo", files=((f"models/{size}/encoder.pt", None),), licence="MIT",
         access="https://hf.co/nasaharvest/galileo", source="arXiv 2502.09356, github.com/nasaharvest/galileo")
 
-# %% ../../nbs/encoders/02_spectral.ipynb #48d89c3a
+# %% ../../nbs/encoders/02_spectral.ipynb #3ee643e5
 _FM = "CopernicusFM_ViT_base_varlang"
 _FM_SHA = "085350e4fa0ebc6047a501aed1307394c4fcc23c013dd026db65af06411d6bee"
 SPECTRAL_BACKBONES: dict[str, BackboneSpec] = {
@@ -434,13 +455,13 @@ SPECTRAL_BACKBONES: dict[str, BackboneSpec] = {
     **{f"softcon-{size}": _softcon_entry(size) for size in ("small", "base")},
     "galileo-nano": _galileo_entry("nano", 128, 4, 8), "galileo-tiny": _galileo_entry("tiny", 192, 12, 3),
     "galileo-base": _galileo_entry("base", 768, 12, 12),
-    "senpamae-base": _entry("senpamae", _VIT["base"], 16, 144, 0, mean=(0.,), std=(1.,), licence="MIT", files=(
+    "senpamae-base": _entry("senpamae", _VIT["base"], 16, 144, 0, mean=(0.0,), std=(1.0,), licence="MIT", files=(
         ("senpamae_doubleParameterEmbedding.pt", "c33fe9b83a8cab682967ec007534c99024258fbb9b8281526d6d79ddd2f26737"),
         ("senpamae_singleParameterEmbedding.pt", "f26274cb4f82175f62705540e1beeb8787668e2b1faa2154445cb3deb4bf92d3")),
         access="folder `weights` of github.com/JonathanPrexl/SenPa-MAE (with git lfs)", source="arXiv 2408.11000"),
 }
 
-# %% ../../nbs/encoders/02_spectral.ipynb #3366eb43
+# %% ../../nbs/encoders/02_spectral.ipynb #445fba37
 def band_statistics(
     name: str, # of the model, for the message
     spec: BackboneSpec, # with `mean` and `std` of `bands`, on `scale`

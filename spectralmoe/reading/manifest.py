@@ -95,7 +95,7 @@ def verify_folder(
         found = track(zip(files, pool.map(looked, files)), "files", len(files), disable=quiet)
         wrong += [f"{path.relative_to(folder)} {'is missing' if sha is None else 'differs'}" for path, sha in found if sha != files[path]]
     if not wrong:
-        there = {p for d in names for kind in ("images", "masks") for p in (folder / d / kind).iterdir()}
+        there = {p for d in names for kind in ("images", "masks") for p in (folder / d / kind).iterdir() if not p.name.startswith(".")}
         wrong = [f"{p.relative_to(folder)} is not in the index" for p in sorted(there - set(files))]
     if wrong: raise ValueError(f"{folder}: {len(wrong)} files are not as the manifest says: {few(wrong)}. {remedy}")
     return len(files)

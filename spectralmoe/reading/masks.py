@@ -17,7 +17,7 @@ from ..files import few
 from .rasters import _area, open_raster, raster_windows
 from ..tasks import IGNORE
 
-# %% ../../nbs/reading/02_masks.ipynb #cf6018e4
+# %% ../../nbs/reading/02_masks.ipynb #8253ac04
 NOTHING = -2**62 # what NaN in a mask becomes; always ignored
 
 def read_mask(
@@ -31,33 +31,36 @@ def _values(source, path, window):
     values = source.read(window=_area(window))
     with np.errstate(invalid="ignore"): whole = values.astype("int64")
     if values.dtype.kind == "f": whole[np.isnan(values)] = NOTHING
-    fits = (whole == values) | (whole == NOTHING) if values.dtype.kind == "f" else np.True_
-    if len(whole) not in (1, 3, 4) or not fits.all() or len(whole) > 1 and not 0 <= whole[:3].min() <= whole[:3].max() <= 255:
-        raise ValueError(f"{path}: {len(values)} bands of {values.dtype} with values {values.min():g} to {values.max():g} as a mask; expected one band "
-                         "of whole numbers or three of colours, 0 to 255 (is this an image?)")
+    fits = values.dtype.kind != "f" or ((whole == values) | (whole == NOTHING)).all()
+    if len(whole) > 1: fits &= 0 <= whole[:3].min() <= whole[:3].max() <= 255
+    if len(whole) not in (1, 3, 4) or not fits: raise ValueError(
+        f"{path}: {len(values)} bands of {values.dtype} with values {values.min():g} to {values.max():g} as a mask; "
+        "expected one band of whole numbers or three of colours, 0 to 255 (is this an image?)")
     return whole[0] if len(whole) == 1 else _colour_code(*whole[:3])
 
 def _colour_code(red, green, blue): return (1 << 24) + (red << 16) + (green << 8) + blue
 
-# %% ../../nbs/reading/02_masks.ipynb #17c844e8
+# %% ../../nbs/reading/02_masks.ipynb #67fb3457
 def show_value(
     value: int, # as `read_mask` gives it
 ) -> str: # "7", "#ff0000" of a colour, or "NaN"
     "A mask value, for people."
-    return "NaN" if value == NOTHING else str(value) if value < 1 << 24 else f"#{value - (1 << 24):06x}"
+    return "NaN" if value == NOTHING else f"#{value - (1 << 24):06x}" if 1 << 24 <= value < 1 << 25 else str(value)
 
-# %% ../../nbs/reading/02_masks.ipynb #8e3078f6
+# %% ../../nbs/reading/02_masks.ipynb #768cb218
 def check_label_map(
     label_map: Mapping, # file value or (r, g, b) -> class
     classes: int, # how many there are
 ) -> None: # raises if a class cannot be
     "A label map leads to classes that exist, and to no more than fit into a byte."
-    if classes > IGNORE: raise ValueError(f"{classes} classes; expected at most {IGNORE}: labels are bytes, and {IGNORE} means ignore. Merge some of them in label_map")
+    if classes > IGNORE: raise ValueError(
+        f"{classes} classes; expected at most {IGNORE}: labels are bytes, and {IGNORE} is ignored. Merge some in label_map")
     wrong = {k: v for k, v in label_map.items() if v not in {*range(classes), IGNORE}}
-    if wrong: raise ValueError(f"label_map sends {{{few((f'{k!r}: {v!r}' for k, v in wrong.items()))}}} (file value: class) out of range; "
+    shown = few(f"{k!r}: {v!r}" for k, v in wrong.items())
+    if wrong: raise ValueError(f"label_map sends {{{shown}}} (file value: class) out of range; "
                                f"expected 0..{classes - 1}, or IGNORE = {IGNORE} to leave pixels out")
 
-# %% ../../nbs/reading/02_masks.ipynb #9a438b57
+# %% ../../nbs/reading/02_masks.ipynb #66d782e1
 def label_codes(
     label_map: Mapping, # file value or (r, g, b) -> class
 ) -> tuple[np.ndarray, np.ndarray]: # file values in ascending order, and the class of each, uint8
@@ -85,10 +88,11 @@ def unlisted_values(
 ) -> ValueError: # to be raised
     "What to say of values that label_map does not list."
     counts = few(f"{show_value(value)}: {count}" for value, count in sorted(found.items()))
-    return ValueError(f"{path}: values that label_map does not list (value: pixels): {counts}. Listed are {few(show_value(k) for k in keys if k != NOTHING)}. "
+    listed = few(show_value(k) for k in keys if k != NOTHING)
+    return ValueError(f"{path}: values that label_map does not list (value: pixels): {counts}. Listed are {listed}. "
                       f"{'Is this a mask? ' * (len(found) > 100)}Add each to label_map=, with a class or IGNORE")
 
-# %% ../../nbs/reading/02_masks.ipynb #9656771b
+# %% ../../nbs/reading/02_masks.ipynb #fdace3cd
 def count_labels(
     path: str | Path, # a mask
     most: int = 2**16, # different values; more are no mask
@@ -99,20 +103,22 @@ def count_labels(
         for window in raster_windows(source):
             values, counts = np.unique(_values(source, path, window), return_counts=True)
             found.update(dict(zip(values.tolist(), counts.tolist())))
-            if len(found) > most: raise ValueError(f"{path}: more than {most} different values as a mask; expected one per class (is this an image?)")
+            if len(found) > most: raise ValueError(
+                f"{path}: more than {most} different values as a mask; expected one per class (is this an image?)")
     return dict(sorted(found.items()))
 
-# %% ../../nbs/reading/02_masks.ipynb #a1f1ac0a
+# %% ../../nbs/reading/02_masks.ipynb #3dabe03f
 def label_advice(
     found: Mapping[int, int], # value -> pixels, over all masks
     label_map: Mapping, # in use
 ) -> str: # a sentence; "": nothing to say
     "What to say of masks that hold 0 and 255 and nothing else."
     if 255 in label_map or {v for v in found if v != NOTHING} | {0} != {0, 255}: return ""
-    return (f"the masks hold {few(f'{show_value(v)} ({n} pixels)' for v, n in sorted(found.items()))} and nothing else, and 255 is ignored unless label_map "
-            "lists it: for two classes give label_map={0: 0, 255: 1}")
+    held = few(f"{show_value(v)} ({n} pixels)" for v, n in sorted(found.items()))
+    return (f"the masks hold {held} and nothing else, and 255 is ignored unless label_map lists it: for two classes give "
+            "label_map={0: 0, 255: 1}")
 
-# %% ../../nbs/reading/02_masks.ipynb #88836c58
+# %% ../../nbs/reading/02_masks.ipynb #a5544c74
 def check_same_ground(
     image: str | Path, # an image
     mask: str | Path, # its mask
@@ -127,15 +133,17 @@ def check_same_ground(
     if of_mask != size: raise ValueError(
         f"{image} is {size} pixels (height, width), its mask {mask} {of_mask}; "
         "expected the same: resample the mask (nearest neighbour) or correct `masks`")
-    known = [t != Affine.identity() and not t.is_degenerate for t in (place, of_place)]
-    if not all(known): return
+    if not all(t != Affine.identity() and not t.is_degenerate for t in (place, of_place)): return
     corners = [(0, 0), (size[1], 0), (0, size[0]), (size[1], size[0])]
     on = lambda t, x, y: (t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f)
     points = [on(place, *c) for c in corners]
     try: there = list(zip(*transform(crs, of_crs, *zip(*points)))) if crs and of_crs and crs != of_crs else points
-    except RasterioError: there = [(np.inf, np.inf)] * 4
+    except RasterioError: there = [(np.inf, np.inf)] * 4 # no way from one system to the other
     away = max(abs(a - b) for point, corner in zip(there, corners) for a, b in zip(on(~of_place, *point), corner))
     if away <= tolerance: return
-    shown = [f"origin ({t.c:.10g}, {t.f:.10g}), pixel {t.a:.6g} x {t.e:.6g}, {c.to_string()[:60] if c else 'no coordinate system'}" for t, c in ((place, crs), (of_place, of_crs))]
-    raise ValueError(f"{image} and its mask {mask} lie on other ground, {f'{away:.6g} pixels' if np.isfinite(away) else 'too far to be compared'} apart: "
-                     f"image {shown[0]}; mask {shown[1]}. Give the mask that belongs to the image, warp it to the image's grid, or take a wrong georeference out of it")
+    show = lambda t, c: (f"origin ({t.c:.10g}, {t.f:.10g}), pixel {t.a:.6g} x {t.e:.6g}, "
+                         f"{c.to_string()[:60] if c else 'no coordinate system'}")
+    far = f"{away:.6g} pixels" if np.isfinite(away) else "too far to be compared"
+    raise ValueError(f"{image} and its mask {mask} lie on other ground, {far} apart: image {show(place, crs)}; mask "
+                     f"{show(of_place, of_crs)}. Give the mask that belongs to the image, warp it to the image's grid, or "
+                     "take a wrong georeference out of it")

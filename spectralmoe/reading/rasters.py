@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['open_raster', 'sensor_of_file', 'ImageHeader', 'read_header', 'warn_together', 'check_header', 'Raster', 'shifted',
-           'read_image', 'raster_windows', 'stream_image', 'ImageLook', 'look_at_image']
+           'read_image', 'raster_windows', 'stream_image', 'far_extremes', 'ImageLook', 'look_at_image']
 
-# %% ../../nbs/reading/01_rasters.ipynb #ea5b443e
+# %% ../../nbs/reading/01_rasters.ipynb #9a546cef
 import re
-import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from ..bands import SENSORS, Sensor, match_bands
 from ..files import few
 
-# %% ../../nbs/reading/01_rasters.ipynb #beae5cea
+# %% ../../nbs/reading/01_rasters.ipynb #43a970cf
 @contextmanager
 def open_raster(
     path: str | Path, # anything GDAL reads: GeoTIFF, VRT, PNG, JPEG, JPEG 2000, ...
@@ -28,8 +28,9 @@ def open_raster(
     "Opens a raster for reading; every error inside the block names the file."
     import rasterio
     path = Path(path)
-    if path.is_symlink() and not path.exists(): raise FileNotFoundError(f"{path} is a link to {path.readlink()}, which is not there: mend or delete the link")
-    if not path.is_file(): raise FileNotFoundError(f"{path} is {'a folder, expected a file' if path.is_dir() else 'not there'}")
+    if path.is_dir(): raise FileNotFoundError(f"{path} is a folder, expected a file")
+    if not path.exists(): raise FileNotFoundError(
+        f"{path} is {f'a link to {path.readlink()}, which is gone: delete it' if path.is_symlink() else 'not there'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -38,20 +39,21 @@ def open_raster(
                 source.close()
                 source = rasterio.open(f"GTIFF_RAW:{path}")
         with source:
-            if source.driver == "PNG" and not _png_is_whole(path): raise rasterio.errors.RasterioIOError("the end of the PNG is missing")
+            if source.driver == "PNG":
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - 2**16))
+                    whole = b"IEND" in file.read()
+                if not whole: raise rasterio.errors.RasterioIOError("the end of the PNG is missing")
             odd = next((t for t in source.dtypes if t.startswith("complex")), None)
-            if odd: raise ValueError(f"{path} holds complex numbers ({odd}), expected real ones: store amplitude or intensity instead")
+            if odd: raise ValueError(
+                f"{path} holds complex numbers ({odd}), expected real ones: store amplitude or intensity instead")
             yield source
     except rasterio.errors.RasterioIOError as error:
         what = "is empty (0 bytes)" if not path.stat().st_size else f"cannot be read ({error.__cause__ or error})"
-        raise OSError(f"{path} {what}: the file, or one it refers to, is damaged or no image; get it again, or leave it out") from error
+        raise OSError(f"{path} {what}: the file, or one it refers to, is damaged or no image; get it again, or leave "
+                      "it out") from error
 
-def _png_is_whole(path):
-    with Path(path).open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**16))
-        return b"IEND" in file.read()
-
-# %% ../../nbs/reading/01_rasters.ipynb #1d5d5353
+# %% ../../nbs/reading/01_rasters.ipynb #cb55ddd7
 def sensor_of_file(
     path: str | Path, # named in messages
     sensor: Sensor, # what the file is said to come from
@@ -67,35 +69,43 @@ def sensor_of_file(
 
 def _identify(path, sensor, count, descriptions=(), given=None, wavelengths=()):
     texts = [*descriptions, *[None] * count][:count]
-    numbers = [re.fullmatch(r"(?:band|layer|channel|ch|raster|b|gr[ae]y)?[\W_]*0*(\d+)", (t or "").strip().casefold()) for t in texts]
+    number = re.compile(r"(?:band|layer|channel|ch|raster|b|gr[ae]y)?[\W_]*0*(\d+)")
+    numbers = [number.fullmatch((t or "").strip().casefold()) for t in texts]
     said = list(map(sensor.meant, texts, [*wavelengths, *[None] * count]))
-    mute = [i for i, (n, s) in enumerate(zip(numbers, said)) if n and (s is None or None in said and all(numbers))] # "Layer 3", and B9 where there is a B13
+    plain = all(numbers) and None in said # B1 to B13, of which the last is no name
+    mute = [i for i, s in enumerate(said) if numbers[i] and (s is None or plain)] # "Layer 3"
     counted = all(int(numbers[i][1]) == i + 1 for i in mute)
     for i in mute: said[i] = None if counted else sensor.meant(f"B{numbers[i][1]}")
     if counted: texts = [None if i in mute else t for i, t in enumerate(texts)]
     unknown = [t for t, s in zip(texts, said) if t and s is None]
-    remedy = f"Name the {count} bands, all different, in a csv column `bands`, for example {'|'.join(sensor.names[:min(count, 12)])}"
+    remedy = (f"Name the {count} bands, all different, in a csv column `bands`, for example "
+              f"{'|'.join(sensor.names[:min(count, 12)])}")
     def refuse(names):
         fit = [s.name for s in SENSORS.values() if len(s) == count]
-        raise ValueError(f"{path}: {count} bands, named {f'[{few(map(repr, names))}]' if any(names) else 'nowhere'}, but sensor {sensor.name!r} has {len(sensor)}: "
-                         f"{few(sensor.names, 16)}. {remedy}, or say another sensor ({count} bands have: {', '.join(fit) or 'none that is listed'})")
+        named = f"[{few(map(repr, names))}]" if any(names) else "nowhere"
+        raise ValueError(f"{path}: {count} bands, named {named}, but sensor {sensor.name!r} has {len(sensor)}: "
+                         f"{few(sensor.names, 16)}. {remedy}, or say another sensor ({count} bands have: "
+                         f"{', '.join(fit) or 'none that is listed'})")
+    described = lambda i: f"band {i + 1} is described as {texts[i] or wavelengths[i]!r}"
     if given:
         try: held = sensor.select(given)
         except (KeyError, ValueError): refuse(given)
         if len(held) != count: refuse(given)
-        at = [sensor.index(n) for n in given]
-        odd = [f"band {i + 1} is described as {texts[i] or wavelengths[i]!r} and named {given[i]!r}" for i, s in enumerate(said) if s is not None and at[i] not in s]
+        odd = [f"{described(i)} and named {given[i]!r}" for i, s in enumerate(said)
+               if s is not None and sensor.index(given[i]) not in s]
         return held, [f"the names given contradict the file: {few(odd)}; the names given are used"] if odd else []
     sure = [s[0] for s in said if s and len(s) == 1]
     if len(set(sure)) == count: return sensor.select([sensor.names[i] for i in sure]), []
-    if count != len(sensor) or (unknown and len(unknown) < sum(map(bool, texts))): refuse(descriptions[:count] if any(texts) else ())
-    odd = [f"band {i + 1} is described as {texts[i] or wavelengths[i]!r} where the sensor has {sensor.names[i]} at {sensor.bands[i].center:g} um"
+    if count != len(sensor) or unknown and len(unknown) < sum(map(bool, texts)):
+        refuse(descriptions[:count] if any(texts) else ())
+    odd = [f"{described(i)} where the sensor has {sensor.names[i]} at {sensor.bands[i].center:g} um"
            for i, s in enumerate(said) if s is not None and i not in s]
     if odd: raise ValueError(f"{path} contradicts sensor {sensor.name!r}: {few(odd)}. {remedy}, or say another sensor")
-    return sensor, [f"band descriptions {few(map(repr, unknown))} cannot be understood; the {count} bands are taken in the order of sensor {sensor.name!r}: "
-                    f"{few(sensor.names)}. {remedy} to settle it"] if unknown else []
+    if not unknown: return sensor, []
+    return sensor, [f"band descriptions {few(map(repr, unknown))} cannot be understood; the {count} bands are taken in "
+                    f"the order of sensor {sensor.name!r}: {few(sensor.names)}. {remedy} to settle it"]
 
-# %% ../../nbs/reading/01_rasters.ipynb #f013836b
+# %% ../../nbs/reading/01_rasters.ipynb #dab9b010
 class ImageHeader(NamedTuple):
     "What the header of an image says."
     size: tuple[int, int] # height and width, pixels
@@ -127,7 +137,8 @@ def _header(source, path, sensor, bands, given):
         (held, doubts), kept = hold(every), every
     try: at = tuple(kept[i] for i in match_bands(held, bands))
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
-    if not given and not any(held.meant(texts[i]) or waves[i] for i in kept): doubts = doubts + _colours(source, path, held, kept)
+    told = given or any(held.meant(texts[i]) or waves[i] for i in kept)
+    if not told: doubts = doubts + _colours(source, path, held, kept)
     unsure = tuple(i for i in flagged if i in kept and not spectral)
     return ImageHeader(source.shape, held, at, tuple(i for i in flagged if i not in kept), unsure,
                        (*doubts, *_units(source, held, kept, at), *_orientation(source, path)))
@@ -139,55 +150,64 @@ def _wavelength(source, band):
         except (KeyError, TypeError, ValueError): continue
         return value if name.endswith("um") or value < 100 else value / 1000 # nanometres are in the hundreds
 
-# %% ../../nbs/reading/01_rasters.ipynb #1496bb2e
+# %% ../../nbs/reading/01_rasters.ipynb #372ad29a
 def _colours(source, path, held, kept):
     "Colour interpretation against the order of the sensor."
-    colours = {i: source.colorinterp[k].name for i, k in enumerate(kept)}
-    rgb = dict(zip(("red", "green", "blue"), held.rgb_index)) if held.rgb else {} # a sensor in false colours says what stands for red
-    odd = [f"band {kept[i] + 1} is tagged {c}, where the sensor has {held.names[i]} at {held.bands[i].center:g} um" for i, c in colours.items()
-           if c in ("red", "green", "blue", "nir", "rededge", "coastal", "swir") and i != rgb.get(c) and i not in (held.meant(c) or ())]
+    interp = source.colorinterp
+    colours = {i: interp[k].name for i, k in enumerate(kept)}
+    rgb = dict(zip(("red", "green", "blue"), held.rgb_index)) if held.rgb else {} # of false colours
+    odd = [f"band {kept[i] + 1} is tagged {c}, where the sensor has {held.names[i]} at {held.bands[i].center:g} um"
+           for i, c in colours.items() if c in ("red", "green", "blue", "nir", "rededge", "coastal", "swir")
+           and i != rgb.get(c) and i not in (held.meant(c) or ())]
     if not odd: return []
-    habit = [colours.get(i) for i in range(3)] == ["red", "green", "blue"] and (source.dtypes[0] == "uint8" or source.driver != "GTiff")
+    plain = [colours.get(i) for i in range(3)] == ["red", "green", "blue"]
     what = f"colour interpretation contradicts sensor {held.name!r}: {few(odd)}"
-    if not habit: raise ValueError(f"{path}: {what}. Name the bands in file order in a csv column `bands`, or say another sensor")
-    return [f"{what}. Many programs tag so whatever they write; the order of the sensor is used. Name the bands in file order in a csv column `bands` to settle it"]
+    remedy = "Name the bands in file order in a csv column `bands`"
+    if not plain or source.dtypes[0] != "uint8" and source.driver == "GTiff":
+        raise ValueError(f"{path}: {what}. {remedy}, or say another sensor")
+    return [f"{what}. Many programs tag so whatever they write; the order of the sensor is used. {remedy} to settle it"]
 
 def _units(source, held, kept, at):
     "Scale and offset tags against those of the sensor."
     odd, found, place = {}, list(zip(source.scales, source.offsets)), {k: i for i, k in enumerate(kept)}
     for i in at:
         band, tags = held.bands[place[i]], found[i]
-        if tags != (1, 0) and not np.allclose(tags, (band.scale, band.offset), rtol=1e-4, atol=1e-9): odd.setdefault((tags, (band.scale, band.offset)), []).append(band.name)
-    return [f"bands {few(names)}: the file says physical value = DN * {a:g} + {b:g}, sensor {held.name!r} says DN * {c:g} + {d:g}, which is used; "
-            f"if the file is right, give the sensor as sensor.rescale({a:g}, {b:g})" for ((a, b), (c, d)), names in odd.items()]
+        ours = band.scale, band.offset
+        if tags == (1, 0) or np.allclose(tags, ours, rtol=1e-4, atol=1e-9): continue
+        odd.setdefault((*tags, *ours), []).append(band.name)
+    return [f"bands {few(names)}: the file says physical value = DN * {a:g} + {b:g}, sensor {held.name!r} says DN * "
+            f"{c:g} + {d:g}, which is used; if the file is right, give the sensor as sensor.rescale({a:g}, {b:g})"
+            for (a, b, c, d), names in odd.items()]
 
 def _orientation(source, path):
     "EXIF orientation, where it is not 1."
-    turned = source.tags().get("EXIF_Orientation", "1") if source.driver == "JPEG" else _exif(path) if source.driver in ("GTiff", "PNG") else 1
-    return [f"orientation {turned} in its EXIF tags: viewers turn such an image, here pixels are read as they are stored; a mask drawn on what a viewer "
-            "shows does not fit. Save the image turned, with orientation 1"] if str(turned) not in ("0", "1") else []
+    turned = source.tags().get("EXIF_Orientation", 1) if source.driver == "JPEG" else 1
+    if source.driver in ("GTiff", "PNG"): turned = _exif(path)
+    if int(turned) < 2: return []
+    return [f"orientation {turned} in its EXIF tags: viewers turn such an image, here pixels are read as they are stored; "
+            "a mask drawn on what a viewer shows does not fit. Save the image turned, with orientation 1"]
 
 def _exif(path):
     "Tag 274 of a TIFF, or of the eXIf part of a PNG; 1 if there is none."
     with Path(path).open("rb") as file:
         start, head = 0, file.read(8)
         if head == b"\x89PNG\r\n\x1a\n":
-            while len(part := file.read(8)) == 8 and part[4:] not in (b"eXIf", b"IDAT"): file.seek(int.from_bytes(part[:4], "big") + 4, 1)
-            start = file.tell() if part[4:] == b"eXIf" else -1
-        if start < 0: return 1
+            while len(part := file.read(8)) == 8 and part[4:] not in (b"eXIf", b"IDAT"):
+                file.seek(int.from_bytes(part[:4], "big") + 4, 1)
+            if part[4:] != b"eXIf": return 1
+            start = file.tell()
         file.seek(start)
-        order = "<" if (head := file.read(16))[:2] == b"II" else ">"
-        big = struct.unpack(f"{order}H", head[2:4])[0] == 43
-        try:
-            file.seek(start + struct.unpack(f"{order}{'Q' if big else 'I'}", head[8:16] if big else head[4:8])[0])
-            count = struct.unpack(f"{order}{'Q' if big else 'H'}", file.read(8 if big else 2))[0]
-            for _ in range(min(count, 500)):
-                entry = file.read(20 if big else 12)
-                if struct.unpack(f"{order}H", entry[:2])[0] == 274: return struct.unpack(f"{order}H", entry[12:14] if big else entry[8:10])[0]
-        except struct.error: pass
+        head = file.read(16)
+        order = "little" if head[:2] == b"II" else "big"
+        number = lambda raw: int.from_bytes(raw, order)
+        wide = number(head[2:4]) == 43 # BigTIFF
+        file.seek(start + number(head[8:16] if wide else head[4:8]))
+        for _ in range(min(number(file.read(8 if wide else 2)), 500)):
+            entry = file.read(20 if wide else 12)
+            if number(entry[:2]) == 274: return number(entry[12:14] if wide else entry[8:10])
     return 1
 
-# %% ../../nbs/reading/01_rasters.ipynb #cdcc848a
+# %% ../../nbs/reading/01_rasters.ipynb #7bb32f31
 def warn_together(
     found: Mapping[str | Path, Sequence[str]], # file -> its doubts
 ) -> None: # warns once per doubt
@@ -196,7 +216,8 @@ def warn_together(
     for path, doubts in found.items():
         for doubt in doubts: files.setdefault(doubt, []).append(path)
     for doubt, paths in files.items():
-        warnings.warn(f"{few(paths, 3)}{f' ({len(paths)} of {len(found)} files)' if len(found) > 1 else ''}: {doubt}", stacklevel=2)
+        share = f" ({len(paths)} of {len(found)} files)" if len(found) > 1 else ""
+        warnings.warn(f"{few(paths, 3)}{share}: {doubt}", stacklevel=2)
 
 def check_header(
     path: str | Path, # an image
@@ -209,7 +230,7 @@ def check_header(
     warn_together({path: header.doubts})
     return header.size
 
-# %% ../../nbs/reading/01_rasters.ipynb #3a321b94
+# %% ../../nbs/reading/01_rasters.ipynb #0665e7c0
 class Raster(NamedTuple):
     "Pixels in physical units and where they are."
     image: np.ndarray # (bands, h, w) float32; NaN in all bands where there is nothing
@@ -226,6 +247,7 @@ def shifted(
     a, b, c, d, e, f = transform[:6]
     return a, b, c + a * col + b * row, d, e, f + d * col + e * row
 
+# %% ../../nbs/reading/01_rasters.ipynb #fefca7b1
 def read_image(
     path: str | Path, # anything GDAL reads: GeoTIFF, PNG, JPEG, JPEG 2000, ...
     sensor: Sensor, # what the file comes from
@@ -271,19 +293,20 @@ def _physical(dn, outside, header, bands):
 def _opaque(source, header, window):
     "What to say of a band that is flagged as alpha, is taken for a spectral one, and looks like alpha."
     for i in header.unsure:
-        values, full = np.unique(source.read(i + 1, window=_area(window))), np.iinfo(source.dtypes[i]).max if source.dtypes[i][0] in "ui" else 1
+        values = np.unique(source.read(i + 1, window=_area(window)))
+        full = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
         if set(values.tolist()) <= {0, full} and full in values: yield (
-            f"band {i + 1} is flagged as alpha and holds {few(values)} only, but sensor {header.sensor.name!r} has a band there: if it is transparency, "
-            f"give a sensor of {len(header.sensor) - 1} bands")
+            f"band {i + 1} is flagged as alpha and holds {few(values)} only, but sensor {header.sensor.name!r} has a "
+            f"band there: if it is transparency, give a sensor of {len(header.sensor) - 1} bands")
 
-# %% ../../nbs/reading/01_rasters.ipynb #a2f9184a
+# %% ../../nbs/reading/01_rasters.ipynb #5963eec6
 def raster_windows(
     source, # an open rasterio dataset
     pixels: int = 2**20, # at most about so many in a window; one block at least
 ) -> Iterator[tuple[int, int, int, int]]: # row, column, height, width
     "Windows along the blocks of a file that cover it once."
     (height, width), (deep, wide) = source.shape, source.block_shapes[0]
-    if deep * wide > max(pixels, 4 * width): deep, wide = 1, width # the whole file is one block, which GDAL keeps decoded
+    if deep * wide > max(pixels, 4 * width): deep, wide = 1, width # one giant block, which GDAL keeps decoded
     cols = width if deep * width <= pixels else max(wide, pixels // deep // wide * wide)
     rows = max(deep, pixels // min(cols, width) // deep * deep)
     for row in range(0, height, rows):
@@ -303,9 +326,30 @@ def stream_image(
         for window in raster_windows(source, values // len(bands)):
             yield Raster(_physical(*_read(source, header, window), header, bands), shifted(place, *window[:2]), crs)
 
-# %% ../../nbs/reading/01_rasters.ipynb #b7e95ff8
-_FILLS = (-9999, -99999, -999, -99, -32768, -32767, 32767, 65535, -2147483648, 1e20, 9.969209968386869e36, 9999, 99999) # of GDAL, netCDF, USGS, ESA products
+# %% ../../nbs/reading/01_rasters.ipynb #c34e9ee3
+_FILLS = (-9999, -99999, -999, -99, 9999, 99999, -32768, -32767, 32767, 65535, -2**31, 1e20, 9.969209968386869e36
+          ) # as GDAL, netCDF and USGS products write them
 
+def far_extremes(
+    values: np.ndarray, # a sample of a band, NaN where there is nothing
+    low: float, # smallest value of the whole band
+    high: float, # largest value of the whole band
+) -> list[float]: # none, one or both of the two
+    "Extremes of a band that are far from its other values."
+    values, found = values[np.isfinite(values)], []
+    for extreme in dict.fromkeys((low, high)):
+        rest = values[(values > low) & (values < high)]
+        if not rest.size: rest = values[values != extreme]
+        if not rest.size: continue
+        first, last = np.quantile(rest, (0.01, 0.99))
+        gap, spread = max(first - extreme, extreme - last), max(last - first, 1e-6 * abs(first), 1e-12)
+        known = abs(extreme) > 1e30 or np.isclose(extreme, _FILLS, rtol=1e-6).any()
+        binary = np.mean(values == extreme) > 0.1 and len(np.unique(rest[:100])) < 3 # a picture of two values
+        bytes_ = high - low <= 255 and not np.any(rest % 1) # no room for fill that would not be a colour
+        if known and gap > spread / 2 or gap > 20 * spread and not binary and not bytes_: found.append(extreme)
+    return found
+
+# %% ../../nbs/reading/01_rasters.ipynb #b5648f9b
 class ImageLook(NamedTuple):
     "What the values of an image say."
     size: tuple[int, int] # height and width, pixels
@@ -320,61 +364,47 @@ def look_at_image(
     bands: Sequence[str], # names or common names that will be read
     given: Sequence[str] | None = None, # its bands in file order, where a csv says so
 ) -> ImageLook:
-    "Reads an image once, window by window: empty bands, pixels lost to single bands, undeclared fill."
+    "Reads an image window by window: empty bands, pixels lost to single bands, undeclared fill."
     with open_raster(path) as source:
         header = _header(source, path, sensor, bands, given)
         n, pixels = len(header.at), source.width * source.height
-        step = max(1, int((pixels / 2**16) ** 0.5))
+        step, chance = max(1, int(pixels / 2**16)), np.random.default_rng(0) # a sample of 2^16 pixels
         valid, alone, nothing, sample = 0, np.zeros(n, int), np.zeros(n, int), []
         low, high = np.full(n, np.inf), np.full(n, -np.inf)
         for window in raster_windows(source, 2**22 // n):
             dn, outside = _read(source, header, window)
             times = outside.sum(0)
-            valid, nothing, alone = valid + int((times == 0).sum()), nothing + outside.sum((1, 2)), alone + (outside & (times == 1)).sum((1, 2))
+            valid, nothing = valid + int((times == 0).sum()), nothing + outside.sum((1, 2))
+            alone += (outside & (times == 1)).sum((1, 2))
             info = np.iinfo(dn.dtype) if dn.dtype.kind in "iu" else np.finfo(dn.dtype)
             low = np.minimum(low, dn.min((1, 2), where=~outside, initial=info.max))
             high = np.maximum(high, dn.max((1, 2), where=~outside, initial=info.min))
-            thin = np.where(outside, np.nan, dn.astype("float64"))[:, ::step, ::step] if step == 1 or min(dn.shape[1:]) >= step else np.zeros((n, 0, 0))
-            sample.append(thin.reshape(n, -1))
+            some = np.arange(times.size) if step == 1 else chance.integers(0, times.size, -(-times.size // step))
+            sample.append(np.where(outside.reshape(n, -1)[:, some], np.nan, dn.reshape(n, -1)[:, some]))
         sample = np.concatenate(sample, 1)
         names = [header.sensor.names[header.sensor.index(b)] for b in bands]
         empty = tuple(name for name, gone in zip(names, nothing) if gone == pixels)
-        odd = [(i, value) for i in range(n) if nothing[i] < pixels for value in _apart(sample[i], low[i], high[i], dn.dtype)]
+        far = [(i, v) for i in range(n) if nothing[i] < pixels for v in far_extremes(sample[i], low[i], high[i])]
         doubts = [f"bands {few(empty)} are nodata everywhere"] * bool(empty)
-        counts = _count(source, header, [v for _, v in odd], [i for i, _ in odd]) if odd else []
-        doubts += [f"band {names[i]} has {count} pixels of {value:.6g}, far from the rest; if it is fill, declare it as nodata in the file or in the sensor "
-                   f"(nodata={value:.6g})" for (i, value), count in zip(odd, counts)]
-        doubts += _border(sample, low, high, pixels) if n > 1 and not odd else []
-        doubts += [d for w in [(0, 0, min(512, source.height), min(512, source.width))] for d in _opaque(source, header, w)]
+        doubts += _fill(source, header, names, far) if far else _border(sample, low, high, pixels) if n > 1 else []
+        doubts += _opaque(source, header, (0, 0, min(512, source.height), min(512, source.width)))
     return ImageLook(header.size, valid, dict(zip(names, alone.tolist())), empty, tuple(doubts))
 
-def _apart(values, low, high, dtype):
-    "Extremes of a band that are far from its other values."
-    values = values[np.isfinite(values)]
-    for extreme in dict.fromkeys((low, high)):
-        rest = values[(values > low) & (values < high)]
-        if not rest.size: rest = values[values != extreme]
-        if not rest.size: continue
-        first, last = np.quantile(rest, (0.01, 0.99))
-        gap, spread = max(first - extreme, extreme - last), max(last - first, 1e-6 * abs(first), 1e-12)
-        known = any(np.isclose(extreme, f, rtol=1e-6) for f in _FILLS) or abs(extreme) > 1e30
-        many = np.mean(values == extreme) > 0.1 and len(np.unique(rest[:100])) < 3 # two values only: a binary image
-        if (known and gap > spread / 2) or (gap > 20 * spread and dtype.itemsize > 1 and not many): yield extreme
-
-def _count(source, header, values, which):
-    "How many pixels have a value, one count per band and value."
-    counts = [0] * len(values)
+# %% ../../nbs/reading/01_rasters.ipynb #bb29f262
+def _fill(source, header, names, far):
+    counts = Counter()
     for window in raster_windows(source, 2**22 // len(header.at)):
         dn, outside = _read(source, header, window)
-        for k, (value, i) in enumerate(zip(values, which)): counts[k] += int(((dn[i] == value) & ~outside[i]).sum())
-    return counts
+        for i, value in far: counts[i, value] += int(((dn[i] == value) & ~outside[i]).sum())
+    return [f"band {names[i]} has {counts[i, value]} pixels of {value:.6g}, far from the rest; if it is fill, declare it "
+            f"as nodata in the file or in the sensor (nodata={value:.6g})" for i, value in far]
 
 def _border(sample, low, high, pixels):
-    "Pixels at one end of the range in all bands at once."
     sample = sample[:, np.isfinite(sample).all(0)]
-    for end, least in ((low, 0.01), (high, 0.05)):
+    for end, least in ((low, 0.01), (high, 0.05)): # white is common where clouds saturate
         if not sample.size or len(set(end.tolist())) > 1: continue
-        share = np.mean((sample == end[:, None]).all(0))
-        if least <= share < 1 and len(np.unique(sample[:, (sample != end[:, None]).all(0)])) > 16: yield (
-            f"about {share:.1%} of {pixels} pixels are {end[0]:g} in all {len(end)} bands; if it is fill, declare it as nodata in the file or in the sensor "
-            f"(nodata={end[0]:g})")
+        at_end = sample == end[:, None]
+        share, rest = np.mean(at_end.all(0)), sample[:, ~at_end.any(0)]
+        if share >= least and len(np.unique(rest)) > 16: yield (
+            f"about {share:.1%} of {pixels} pixels are {end[0]:g} in all {len(end)} bands; if it is fill, declare it as "
+            f"nodata in the file or in the sensor (nodata={end[0]:g})")

@@ -6,11 +6,10 @@
 __all__ = ['SIMULATOR', 'scene_domain', 'recipe', 'fingerprint', 'located', 'write_tile', 'write_tiles', 'build', 'verify',
            'class_shares', 'contact_sheet', 'Heights', 'heights', 'patchwork', 'make_tiles', 'build_tiles']
 
-# %% ../../nbs/simulator/07_tiles.ipynb #439e3e6a
+# %% ../../nbs/simulator/07_tiles.ipynb #201b36f4
 import hashlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -141,7 +140,7 @@ def write_tiles(
                                  3e5 + i % 16 * view.size * seen.gsd, 4e6 - i // 16 * view.size * seen.gsd)
                 yield row | dict(mask=row["image"], **about, seed=scene.seed, **light), scene.label
 
-# %% ../../nbs/simulator/07_tiles.ipynb #59061cc4
+# %% ../../nbs/simulator/07_tiles.ipynb #b6a9314b
 def build(
     task: str | Benchmark, # a simulated one
     root: str | Path | None = None, # folder that shall hold `mini`; None: the cache
@@ -174,19 +173,21 @@ def _build_domain(task, domain, folder, advance):
     "Write the tiles of a domain; move them to their place and note them while no other process does so."
     with ExitStack() as locked:
         with building(folder, "index.csv") as draft:
-            rows, labels = [], Counter()
+            rows, labels = [], torch.zeros(256, dtype=torch.long)
             for kind in ("images", "masks"): (draft / kind).mkdir()
             for row, label in write_tiles(task, domain, draft):
                 rows.append(row)
-                labels.update(label.flatten().tolist())
+                labels += label.flatten().bincount(minlength=256)
                 advance()
             index = write_index(draft, rows)
             locked.enter_context(only_one(folder.parent, f"noting {folder.name}", wait=60))
-            if first := not _is_built(folder): rmtree(folder, ignore_errors=True) # not noted: left by a kill
-        if not first: return # another process was faster: its tiles stay
+            late = _is_built(folder) # another process was faster: its tiles stay
+            if folder.exists() and not late: rmtree(folder) # not noted: left by a kill, or by version 0.1
+        if late: return
         said = read_manifest(folder.parent)["domains"] if (folder.parent / "manifest.json").is_file() else {}
-        entry = dict(index=index, tiles=len(rows), labels={str(v): labels[v] for v in sorted(labels)},
-                     fingerprint=fingerprint(task, domain), recipe=recipe(task, domain), versions=_versions())
+        found = {str(v): labels[v].item() for v in labels.nonzero()[:, 0].tolist()}
+        entry = dict(index=index, tiles=len(rows), labels=found, fingerprint=fingerprint(task, domain),
+                     recipe=recipe(task, domain), versions=_versions())
         write_manifest(folder.parent, folder.parent.name, said | {folder.name: entry}, classes=list(SIMULATED))
 
 def _versions():
