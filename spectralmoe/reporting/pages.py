@@ -149,7 +149,7 @@ def task_sentence(
     failed = sum(r.status != "done" for r in records.values())
     return "; ".join(parts) + f" ({title})" * bool(title) + "." + f" {_count(failed, 'run')} did not finish." * bool(failed)
 
-# %% ../../nbs/reporting/03_pages.ipynb #b8349210
+# %% ../../nbs/reporting/03_pages.ipynb #b41c5aac
 def task_section(
     task: str, # name of the benchmark
     records: Mapping[Path, RunRecord], # of the task and its oracles, one setting; {}: not run
@@ -161,8 +161,10 @@ def task_section(
     base = "frozen" if "frozen" in methods else next(m for m in (*ROWS, *methods) if m in methods)
     gaps = difference_table(records, base)
     plot = forest_plot(gaps.iloc[:, -1].to_dict() if len(gaps) else {}, base)
-    caption = (f"Difference to <code>{html.escape(base)}</code>, same seeds, with its 95 % interval; blue where it is significant, "
-               "that is, where the interval excludes zero.")
+    alone = len(gaps) and max(c.seeds for c in gaps.iloc[:, -1]) < 2
+    caption = f"Difference to <code>{html.escape(base)}</code>" + (
+        ". One seed has no interval, so nothing can be said of significance." if alone else
+        ", same seeds, with its 95 % interval; blue where it is significant, that is, where the interval excludes zero.")
     figures = [p for e in ("benchmark", "routing") for p in sorted(folder.glob(f"{e}/figures/{task}-*.png"))]
     return "\n".join([f"<p><code>{html.escape(task)}</code>: {html.escape(task_sentence(records))}</p>",
                       task_table(records, folder, base), f"<figure>{plot}<figcaption>{caption}</figcaption></figure>" if plot else "",
