@@ -84,7 +84,7 @@ def test_model_is_handed_back_as_it_came(maps):
 
 
 def test_every_labelled_pixel_of_a_domain_counts_once():
-    data = DomainDataModule("made_tiles", crop=40)  # windows that do not fit the tiles
+    data = DomainDataModule(build_tiles("made_tiles"), crop=40)  # windows that do not fit the tiles
     model = Lookup()
     model.predict = lambda images: torch.zeros_like(images[:, 0]).long()
     scores = evaluate(model, data.target_dataloaders()["target"], data.benchmark.classes)

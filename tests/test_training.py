@@ -14,6 +14,7 @@ from torch import nn
 
 from spectralmoe.datasets import DomainDataModule
 from spectralmoe.segmentor import Segmentor
+from spectralmoe.simulator.tiles import build_tiles
 from spectralmoe.evaluation import confusion_matrix, iou_per_class
 from spectralmoe.training import (
     AtomicCheckpoints, fit, newest_checkpoint)
@@ -31,7 +32,7 @@ def tiny_model(**overrides):
 
 
 def tiny_data():
-    return DomainDataModule("made_tiles", batch_size=4, micro_batch=2, crop=32)
+    return DomainDataModule(build_tiles("made_tiles"), batch_size=4, micro_batch=2, crop=32)
 
 
 def train(model, folder, steps=STEPS, **changes):
@@ -203,7 +204,7 @@ def test_accumulation_keeps_the_global_batch(tmp_path):
     runs = []
     for micro in (None, 2, 1):
         model = Pixelwise()
-        data = DomainDataModule("made_tiles", batch_size=4, micro_batch=micro, crop=32)
+        data = DomainDataModule(build_tiles("made_tiles"), batch_size=4, micro_batch=micro, crop=32)
         result = fit(model, data, 6, tmp_path / str(micro), **RUN | {"log_every": 1})
         runs.append((model, result, [entry["loss"] for entry in result.history["train"]]))
     for model, result, losses in runs[1:]:
