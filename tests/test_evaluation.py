@@ -8,6 +8,7 @@ from scipy import stats
 from torch import nn
 from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
 
+from spectralmoe.simulator.tiles import build_tiles
 from spectralmoe.datasets import DomainDataModule
 from spectralmoe.evaluation import Scores, evaluate, interval, paired, plot_confusion, score_table
 

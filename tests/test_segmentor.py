@@ -242,7 +242,8 @@ def no_trace():
 def test_a_program_for_any_batch(method, head, sides, no_trace):
     "And for any sides in multiples of the patch with `pixel_shuffle`; the library's Mask2Former keeps the sides it was exported with."
     batch, high, wide = torch.export.Dim("batch", min=1, max=16), torch.export.Dim("high", min=4, max=64), torch.export.Dim("wide", min=4, max=64)
-    model, images = build(method, head=head, **ONE).eval(), torch.randn(2, 5, 40, 48)
+    size = dict(vfm="mini_vfm", dfm="mini_dfm", head_sizes={}) if sides else ONE  # positions that are resized to a size, not by a factor
+    model, images = build(method, head=head, **size).eval(), torch.randn(2, 5, 40, 48)
     dynamic = {0: batch, 2: 8 * high, 3: 8 * wide} if sides else {0: batch}
     with torch.no_grad(): program = torch.export.export(model, (images,), dynamic_shapes=(dynamic,), strict=False)
     assert model.last_routing == [], "nothing of the tracing stays behind"

@@ -18,7 +18,7 @@ def test_no_path_of_one_machine(page):
 
 
 def imported(module):
-    "Names of the packages that importing one room loads."
+    "Names of the packages that importing one module loads."
     code = f"import {module}, sys; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
 
@@ -27,9 +27,9 @@ def test_the_adapter_needs_torch_alone():
     assert not imported("spectralmoe.adapter") & {"transformers", "lightning", "rasterio", "pandas", "matplotlib", "nbdev", "fastcore"}
 
 
-@pytest.mark.parametrize("room", ["segmentor", "datasets", "training", "evaluation", "routing", "reproduce"])
-def test_models_and_training_need_neither_rasterio_nor_nbdev(room):
-    assert not imported(f"spectralmoe.{room}") & {"rasterio", "nbdev", "execnb"}
+@pytest.mark.parametrize("module", ["segmentor", "datasets", "training", "evaluation", "routing", "reproduce"])
+def test_models_and_training_need_neither_rasterio_nor_nbdev(module):
+    assert not imported(f"spectralmoe.{module}") & {"rasterio", "nbdev", "execnb"}
 
 
 PAGES_THAT_EXPORT = sorted(p.relative_to(ROOT / "nbs") for p in ROOT.glob("nbs/**/[0-9]*.ipynb") if "experiments" not in p.parts)

@@ -339,9 +339,9 @@ class DINOv2Family(Family):
         own, p = model.embeddings, model.config.patch_size
         patches, grid = own.patch_embeddings(images), (images.shape[-2] // p, images.shape[-1] // p)
         table = resize_positions(own.position_embeddings, grid, *model.position_rule)
-        tokens = torch.cat([own.cls_token.expand(len(images), -1, -1), patches], 1) + table
+        tokens = torch.cat([own.cls_token.expand(images.shape[0], -1, -1), patches], 1) + table
         if (registers := getattr(own, "register_tokens", None)) is not None:
-            tokens = torch.cat([tokens[:, :1], registers.expand(len(images), -1, -1), tokens[:, 1:]], 1)
+            tokens = torch.cat([tokens[:, :1], registers.expand(images.shape[0], -1, -1), tokens[:, 1:]], 1)
         return _added(tokens, more), {}
 
     def blocks(self, model): return model.encoder.layer
@@ -500,7 +500,7 @@ class EVA02Family(Family):
     def embed(self, model, images, more, sensor):
         x = model.patch_embed.proj(images) # (b, d, h, w)
         grid, tokens = list(x.shape[-2:]), _added(x.flatten(2).transpose(1, 2), more)
-        tokens = torch.cat([model.cls_token.expand(len(x), -1, -1), tokens], 1)
+        tokens = torch.cat([model.cls_token.expand(x.shape[0], -1, -1), tokens], 1)
         return tokens + resize_positions(model.pos_embed, grid), dict(rope=model.rope.get_embed(shape=grid))
 
 # %% ../../nbs/encoders/01_vit.ipynb #9e8a8750
