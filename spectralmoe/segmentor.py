@@ -10,9 +10,9 @@ import copy
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -38,6 +38,8 @@ class Method:
     random: bool = False # True: the backbone's weights are drawn instead of read
     tuned: bool = False # True: the backbone is trained as a whole
     adapter: str | None = None # "paper" or "released": which reading of SpectralMoE refines the tokens
+    fields: Mapping = field(default_factory=dict) # of SpectralMoEConfig, which the method fixes
+    idle: bool = False # True: the experts stay at zero, so that only the linear path is trained
 
     def adapter_config(self,
         dim: int, # D of the visual model
@@ -54,7 +56,9 @@ class Method:
             if name not in known: raise ValueError(f"method {self.name!r} does not take {name!r}. {nearest(name, known)}")
             if name in linked and linked[name] != overrides[name]: raise ValueError(
                 f"{name}={overrides[name]!r} but the head's sizes say {linked[name]!r}: experts and queries are linked one to one; give one of them")
-        if self.adapter == "paper": return SpectralMoEConfig(dim, n_layers, **{**linked, **overrides})
+        if clash := [k for k, v in self.fields.items() if overrides.get(k, v) != v]: raise ValueError(
+            f"method {self.name!r} fixes {clash[0]}={self.fields[clash[0]]!r}; leave it out, or choose 'spectralmoe'")
+        if self.adapter == "paper": return SpectralMoEConfig(dim, n_layers, **{**linked, **overrides, **self.fields})
         try: return SpectralMoEConfig.released(dim, n_layers, **{**linked, **overrides})
         except TypeError as e: raise ValueError(f"method {self.name!r} is fixed where the released code is: {e}") from e
 
@@ -66,6 +70,9 @@ METHODS = {m.name: m for m in (
     Method("full", "full fine-tuning", tuned=True),
     Method("spectralmoe", "SpectralMoE (paper)", adapter="paper"),
     Method("released", "SpectralMoE (released code)", adapter="released"),
+    Method("linear_path", "SpectralMoE, experts left at zero", adapter="paper", idle=True),
+    Method("one_expert", "SpectralMoE with one expert", adapter="paper", fields={"n_experts": 1}),
+    Method("no_depth", "SpectralMoE without depth", adapter="paper", fields={"fusion": "none"}),
 )}
 
 # %% ../nbs/16_segmentor.ipynb #bda4b8f9
@@ -160,6 +167,10 @@ def assemble(cls: Segmentor,
     with seeded(seed, "head"): head = make_head(settings["head"], task, vfm, config, settings["head_sizes"])
     if adapter and not head.wants_queries:
         for link in (adapter.to_query, adapter.merge): link.requires_grad_(False)
+    if adapter and METHODS[method].idle:
+        with torch.no_grad():
+            for e in adapter.experts: e.B.zero_()
+        adapter.experts.requires_grad_(False)
     return cls(task, method, vfm, dfm, adapter, head, settings, statistics)
 
 # %% ../nbs/16_segmentor.ipynb #638e3509
@@ -210,14 +221,14 @@ def summary(self: Segmentor): # pandas table: parameters and trained parameters 
 @patch
 def features(self: Segmentor,
     images: Tensor, # (B, C, H, W) standardised, sides multiples of the patches
-    refine: Callable | None = None, # (tokens, depth tokens, layer) -> Refined; None: the adapter
+    refine: Callable | None = None, # (tokens, depth tokens, layer, grid=) -> Refined; None: the adapter
 ) -> tuple[list[Tensor], Tensor]: # (B, N, D) after each block, and the balance loss
     "Refined tokens of every block."
     if self.adapter is None: return self.vfm.tokens(images, checkpointing=self.checkpointing), images.new_zeros(())
     depth = self.dfm.tokens(images[:, self.depth_rgb]) if self.dfm else [None] * self.vfm.n_layers
-    refine, refined = refine or self.adapter, {}
+    refine, refined, grid = refine or self.adapter, {}, self.vfm.grid(*images.shape[-2:])
     def between(tokens, layer):
-        refined[layer] = refine(tokens, depth[layer], layer)
+        refined[layer] = refine(tokens, depth[layer], layer, grid=grid)
         return refined[layer].tokens
     tokens = self.vfm.tokens(images, between, checkpointing=self.checkpointing)
     layers = [refined[layer] for layer in range(len(tokens))]
@@ -290,24 +301,24 @@ def initialise(self: Segmentor,
 ) -> None: # the gates are changed in place; without an adapter nothing is
     "Start the gates from data."
     if self.adapter is None: return
-    def start(tokens, depth, layer):
+    def start(tokens, depth, layer, grid):
         self.adapter.init_prototypes(tokens, depth, layer, self.settings["seed"])
-        return self.adapter(tokens, depth, layer)
+        return self.adapter(tokens, depth, layer, grid=grid)
     self.features(self._filled(images, "replicate"), start)
 
 # %% ../nbs/16_segmentor.ipynb #59b03d38
 @patch
 @torch.no_grad()
-def expert_share(self: Segmentor,
+def expert_variation(self: Segmentor,
     images: Tensor, # (B, C, H, W) standardised
-) -> list[float]: # per layer; near 0: the experts do nothing; [] without an adapter
-    "Norm of what the experts add, relative to the tokens."
-    shares = []
-    def measured(tokens, depth, layer):
-        shares.append(self.adapter.expert_share(tokens, depth, layer))
-        return self.adapter(tokens, depth, layer)
+) -> list[float]: # per layer; near 0: the experts say the same everywhere; [] without an adapter
+    "Norm of what the experts add differently inside an image, relative to the tokens."
+    found = []
+    def measured(tokens, depth, layer, grid):
+        found.append(self.adapter.expert_variation(tokens, depth, layer, grid))
+        return self.adapter(tokens, depth, layer, grid=grid)
     if self.adapter: self.features(self._filled(images, "replicate"), measured)
-    return shares
+    return found
 
 # %% ../nbs/16_segmentor.ipynb #f557f256
 @patch

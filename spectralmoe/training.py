@@ -117,12 +117,13 @@ def source_score(
 
 # %% ../nbs/22_training.ipynb #77d0b03d
 def adamw_with_decay(
-    groups: list[dict], # parameter groups as torch.optim takes them
+    groups: list[dict], # parameter groups as torch.optim takes them; "lr_multiple" of `lr` where a group has its own
     steps: int, # T, optimiser steps of the whole run
     lr: float, # learning rate at the first step
     power: float = 0.9, # of the polynomial decay
 ) -> tuple[torch.optim.AdamW, PolynomialLR]: # to be stepped together
     "Optimiser and schedule of the paper."
+    groups = [{k: v for k, v in g.items() if k != "lr_multiple"} | {"lr": lr * g.get("lr_multiple", 1)} for g in groups]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
     return optimizer, PolynomialLR(optimizer, total_iters=steps, power=power)
 

@@ -35,7 +35,7 @@ def both(adapter, dtype, n_depth=N, layer=1):
     for form in (adapter, adapter.reference):
         adapter.zero_grad()
         v = visual.clone().requires_grad_()
-        out = form(v, depth, layer=layer, noise=noise)
+        out = form(v, depth, layer=layer, noise=noise, grid=(4, 5))
         ((out.tokens * weight).sum() + out.balance_loss + adapter.queries().square().sum()).backward()
         grads = {n: p.grad.clone() for n, p in adapter.named_parameters() if p.grad is not None}
         results.append({"tokens": out.tokens.detach(), "balance": out.balance_loss.detach(), "visual": v.grad, **grads})
