@@ -7,7 +7,7 @@
 # make clean    forget the environment
 PYTHON ?= python3
 BIN := .venv/bin
-# notebooks tested side by side, one thread each
+# notebooks and tests run side by side, one thread each
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -35,7 +35,7 @@ notebooks: install
 	SPECTRALMOE_RUNS="$$(mktemp -d)" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(TEST_WORKERS) --timing
 
 pytest: install
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) tests
 
 reports: install
 	$(BIN)/spectralmoe reports $(REPORT_FLAGS)
