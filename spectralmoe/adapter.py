@@ -82,9 +82,10 @@ class SpectralMoEConfig:
         "Whether what the experts add is linear in their basis."
         return self.combine == "sum" or (self.top_k == 1 and self.gate_weighting != "full")
 
-    def to_dict(self) -> dict: # JSON-able
+    def to_dict(self) -> dict: # JSON-able; switches that version 0.1 did not have are left out at their default, so that its records keep their ids
         "Every switch, for a record or a checkpoint."
-        return asdict(self)
+        later = {f.name: f.default for f in fields(self) if f.name in ("window", "temperature", "init", "expert_lr")}
+        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
 
     @classmethod
     def from_dict(cls, values: dict) -> "SpectralMoEConfig": # `values` as `to_dict` gives them

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'colour', 'smaller', 'settings_of', 'Decision', 'regime_decision', 'plot_line', 'plot_curves', 'Check',
            'validity_checks', 'structure_record', 'structure_checks', 'Curve', 'shift_curves', 'size_curve',
-           'curve_area', 'area_table', 'plot_shift', 'plot_overview']
+           'curve_area', 'area_table', 'plot_shift', 'fusion_start', 'plot_overview']
 
 # %% ../../nbs/reporting/02_studies.ipynb #1625b2ab
 import math
@@ -298,6 +298,55 @@ def plot_shift(
     axes[0, 0].legend(fontsize=6); fig.suptitle(_wrapped(title, fig), fontsize=9)
     plt.close(fig)
     return fig
+
+# %% ../../nbs/reporting/02_studies.ipynb #aa02bb22
+def fusion_start(
+    fusion: str, # key of `FUSIONS`
+    visual: "torch.Tensor", # (B, N, D) tokens of a visual model
+    depth: "torch.Tensor", # (B, N, D) tokens of a depth model, on the same square grid
+    bound: float, # v: B is drawn from U(-v, v)
+    seed: int = 0, # of the adapter and of the direction in which gradients are taken
+    **switches, # further fields of SpectralMoEConfig
+) -> dict[str, float]: # entropy (NaN without attention), variation, gradient (NaN without depth)
+    "Entropy, variation and gradient of a fusion at the start of training."
+    import torch
+    from spectralmoe.adapter import SpectralMoE, SpectralMoEConfig
+    from spectralmoe.experts import combine_experts
+    from spectralmoe.fusion import reference_fusion
+    torch.manual_seed(seed)
+    adapter = SpectralMoE(SpectralMoEConfig(visual.shape[-1], 1, fusion=fusion, **switches)).eval()
+    adapter.init_prototypes(visual, depth)
+    experts, cfg = adapter.experts[0], adapter.cfg
+    with torch.no_grad(): experts.B.uniform_(-bound, bound)
+    streams = {"visual": visual, **({"depth": depth} if cfg.needs_depth else {})}
+    basis, parts = experts.basis(adapter.to_feature).detach(), {}
+    for name, x in streams.items():
+        routing = adapter.gates[0][name](x.flatten(0, 1))
+        c = combine_experts(experts.coefficients(x.flatten(0, 1), routing), routing.weights)
+        parts[name] = (c @ basis).unflatten(0, x.shape[:2]).detach().requires_grad_()
+    fused = reference_fusion(fusion, parts["visual"], parts.get("depth"), None, cfg.window)
+    direction = torch.randn_like(fused)
+    gradient = torch.autograd.grad((fused * direction).sum(), list(parts.values()), allow_unused=True)
+    norms = [0.0 if g is None else (g - g.mean(1, keepdim=True)).norm().item() for g in gradient]
+    fused = fused.detach()
+    return dict(entropy=_attention_entropy(fusion, parts, cfg.window),
+                variation=((fused - fused.mean(1, keepdim=True)).norm() / fused.norm()).item(),
+                gradient=norms[0] / norms[1] if len(norms) > 1 and norms[1] else math.nan)
+
+def _attention_entropy(fusion, parts, window):
+    "Mean entropy of the attention over that of a uniform one."
+    import torch
+    from spectralmoe.fusion import grid_of
+    if fusion in ("add", "none"): return math.nan
+    v, d = (parts[m].detach() for m in ("visual", "depth"))
+    asks, answers = (d, v) if fusion in ("structure_guided", "diagonal") else (v, d)
+    scores = asks @ answers.mT * v.shape[-1]**-0.5
+    if fusion == "local_attention":
+        columns, at = grid_of(v)[1], torch.arange(v.shape[1])
+        apart = torch.maximum((at[:, None] // columns - at // columns).abs(), (at[:, None] % columns - at % columns).abs())
+        scores = scores.masked_fill(apart > window // 2, -math.inf)
+    most = scores.isfinite().sum(-1).double().log()
+    return (torch.special.entr(scores.double().softmax(-1)).sum(-1) / most).mean().item()
 
 # %% ../../nbs/reporting/02_studies.ipynb #22174bdb
 def plot_overview(
