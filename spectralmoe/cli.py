@@ -294,7 +294,7 @@ def weights_list():
 @partial(command, on=weights_app, called="fetch")
 def weights_fetch(
     name: str, # as `spectralmoe weights list` names it
-    to: Path | None = None, # folder that is made; default: in the cache folder, where runs find it by name
+    to: Path | None = None, # folder that is made; default: in the cache folder; give it to load_vfm as weights
 ):
     "Brings published weights here and checks them."
     from spectralmoe.encoders.fetch import PUBLISHED, fetch
