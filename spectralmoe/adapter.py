@@ -67,20 +67,10 @@ class SpectralMoEConfig:
         return cls(dim, n_layers, gate_weighting="none", gate_init="zeros", perceptual="channel_sums",
                    combine="logsumexp", fusion="diagonal", balance_weight=1e3, **sizes)
 
-    @property
-    def needs_depth(self) -> bool: # False when no depth model has to run
-        "Whether depth tokens are read at all."
-        return self.fusion != "none"
-
-    @property
-    def needs_equal_grids(self) -> bool: # True: one depth token for each visual token
-        "Whether the fusion pairs token n with token n."
-        return self.fusion in EQUAL_GRIDS
-
-    @property
-    def in_basis(self) -> bool: # False: corrections have to be written out at full width
-        "Whether what the experts add is linear in their basis."
-        return self.combine == "sum" or (self.top_k == 1 and self.gate_weighting != "full")
+    needs_depth = property(lambda self: self.fusion != "none", doc="Whether depth tokens are read at all.")
+    needs_equal_grids = property(lambda self: self.fusion in EQUAL_GRIDS, doc="Whether the fusion pairs token n with token n.")
+    in_basis = property(lambda self: self.combine == "sum" or (self.top_k == 1 and self.gate_weighting != "full"),
+                        doc="Whether what the experts add is linear in their basis; if not, corrections are written out at full width.")
 
     def to_dict(self) -> dict: # JSON-able; switches that version 0.1 did not have are left out at their default, so that its records keep their ids
         "Every switch, for a record or a checkpoint."
