@@ -15,7 +15,7 @@ TINY = dict(benchmark="made_tiles", vfm=VFM, dfm=DFM, batch=4, crop=64, head_siz
 
 
 def rest(method): return dict(method=method, head_sizes={} if method == "raw_conv" else HEAD) | (
-    dict(n_experts=3, rank=2) if METHODS[method].adapter else {})
+    {k: v for k, v in dict(n_experts=3, rank=2).items() if k not in METHODS[method].fields} if METHODS[method].adapter else {})
 
 
 @pytest.mark.parametrize("change", [dict(batch=8, crop=192), dict(batch=24, crop=128, checkpointing=True)])

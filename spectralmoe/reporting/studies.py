@@ -336,15 +336,13 @@ def fusion_start(
 def _attention_entropy(fusion, parts, window):
     "Mean entropy of the attention over that of a uniform one."
     import torch
-    from spectralmoe.fusion import grid_of
+    from spectralmoe.fusion import grid_of, within
     if fusion in ("add", "none"): return math.nan
     v, d = (parts[m].detach() for m in ("visual", "depth"))
     asks, answers = (d, v) if fusion in ("structure_guided", "diagonal") else (v, d)
     scores = asks @ answers.mT * v.shape[-1]**-0.5
     if fusion == "local_attention":
-        columns, at = grid_of(v)[1], torch.arange(v.shape[1])
-        apart = torch.maximum((at[:, None] // columns - at // columns).abs(), (at[:, None] % columns - at % columns).abs())
-        scores = scores.masked_fill(apart > window // 2, -math.inf)
+        scores = scores.masked_fill(~within(*grid_of(v), window // 2), -math.inf)
     most = scores.isfinite().sum(-1).double().log()
     return (torch.special.entr(scores.double().softmax(-1)).sum(-1) / most).mean().item()
 

@@ -125,7 +125,7 @@ def _score(parts, domains, metric):
     return value
 
 # %% ../../nbs/reporting/01_tables.ipynb #20db8f15
-ROWS = ("raw_conv", "random", "frozen", "full", "spectralmoe", "released", "oracle") # order of tables
+ROWS = ("raw_conv", "random", "frozen", "full", "spectralmoe", "released", "linear_path", "one_expert", "no_depth", "oracle") # order of tables
 
 def results_table(
     records: Mapping[Path, RunRecord], # of one benchmark and its oracles, see `read_records`
