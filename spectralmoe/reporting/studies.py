@@ -307,7 +307,7 @@ def fusion_start(
     bound: float, # v: B is drawn from U(-v, v)
     seed: int = 0, # of the adapter and of the direction in which gradients are taken
     **switches, # further fields of SpectralMoEConfig
-) -> dict[str, float]: # entropy (NaN without attention), variation, gradient (NaN without depth)
+) -> dict[str, float]: # entropy (NaN without attention), variation, to_visual, to_depth (NaN without depth)
     "Entropy, variation and gradient of a fusion at the start of training."
     import torch
     from spectralmoe.adapter import SpectralMoE, SpectralMoEConfig
@@ -327,11 +327,11 @@ def fusion_start(
     fused = reference_fusion(fusion, parts["visual"], parts.get("depth"), None, cfg.window)
     direction = torch.randn_like(fused)
     gradient = torch.autograd.grad((fused * direction).sum(), list(parts.values()), allow_unused=True)
-    norms = [0.0 if g is None else (g - g.mean(1, keepdim=True)).norm().item() for g in gradient]
+    arrives = [0.0 if g is None else (g.norm() / direction.norm()).item() for g in gradient]
     fused = fused.detach()
     return dict(entropy=_attention_entropy(fusion, parts, cfg.window),
                 variation=((fused - fused.mean(1, keepdim=True)).norm() / fused.norm()).item(),
-                gradient=norms[0] / norms[1] if len(norms) > 1 and norms[1] else math.nan)
+                to_visual=arrives[0], to_depth=arrives[1] if len(arrives) > 1 else math.nan)
 
 def _attention_entropy(fusion, parts, window):
     "Mean entropy of the attention over that of a uniform one."
