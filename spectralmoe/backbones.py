@@ -183,6 +183,11 @@ def config(self: WeightReader): # the encoder's config, and the model_type of th
     wanted = {k: self.size[k] for k in found}
     if found != wanted: raise ValueError(f"{name} has {wanted}, {weights} has {found}: give the weights of this model, "
         f"or pass {', '.join(f'{k}={v}' for k, v in found.items())}")
+    kinds = ("use_gated_mlp", "use_swiglu_ffn") # the same sizes with another feed-forward part are another model
+    if other := [f"{k}={own}, expected {self.size.get(k, False)}" for k in kinds
+            if (own := getattr(c, k, None)) is not None and own != self.size.get(k, False)]: raise ValueError(
+        f"{name}: config.json of {weights} has {', '.join(other)}: it is of another model of this width; "
+        f"give the folder or hub id of {self.spec.hub_id or name}")
     return c, whole.model_type
 
 @patch
@@ -222,7 +227,7 @@ def own_size(self: WeightReader,
 @patch
 def candidates(self: WeightReader,
     file: Mapping[str, Tensor], # flat
-) -> list[tuple]: # (keys that differ, family, width, blocks), the nearest first, then this model's own family
+) -> list[tuple]: # (keys that differ, family, width, blocks, config), the nearest first, then this model's own family
     "Which families the keys of a file could be of."
     found = []
     for name, family in (FAMILIES | SPECTRAL_FAMILIES).items():
@@ -232,17 +237,19 @@ def candidates(self: WeightReader,
             numbered = (re.search(r"(?:layers?|blocks)\.(\d+)\.", k) for k in ours)
             kernel, blocks = ours.get(family.kernel), {m[1] for m in numbered if m}
             if kernel is None or not blocks:
-                found.append((len(unexpected) + bool(family.kernel), name != self.spec.family, name, None, None))
+                found.append((len(unexpected) + bool(family.kernel), name != self.spec.family, name, None, None, None))
                 continue
             dim = kernel.shape[0]
-            size = dict(self.size, dim=dim, n_layers=len(blocks), n_heads=max(1, dim // 64), bands=kernel.shape[1])
+            plain = {k: v for k, v in self.size.items() if k not in self.spec.config}
+            size = dict(plain, dim=dim, n_layers=len(blocks), n_heads=max(1, dim // 64), bands=kernel.shape[1])
             for config in [c for i, c in enumerate(configs) if c not in configs[:i]]:
                 with suppress(ImportError), torch.device("meta"):
                     wanted = set(family.build({**size, **config}).state_dict())
                     absent = [k for k in wanted - set(ours) if not any(re.fullmatch(p, k) for p in format.fill)]
                     gap = len(unexpected) + len(absent) + len(set(ours) - wanted)
-                    found.append((gap, name != self.spec.family, name, dim, len(blocks)))
-    return [(gap, name, dim, n) for gap, _, name, dim, n in sorted(found, key=lambda f: f[:2])]
+                    found.append((gap, name != self.spec.family, name, dim, len(blocks), config))
+    return [(gap, *rest) for gap, _, *rest in sorted(
+        found, key=lambda f: (*f[:2], not f[1] and f[-1] != self.spec.config))]
 
 @patch
 def remedy(self: WeightReader,
@@ -252,12 +259,16 @@ def remedy(self: WeightReader,
     near = self.candidates(file)
     if not near or near[0][0] > len(file) / 10:
         return "Its keys are those of no model that is known here: give the published file"
-    _, whose, *found = near[0]
+    _, whose, *found, config = near[0]
     of_family = [n for n, s in BACKBONES.items() if s.family == whose]
-    others = [n for n in of_family if [BACKBONES[n].dim, BACKBONES[n].n_layers] == found] or [*of_family[:3], "..."]
+    alike = [n for n in of_family if BACKBONES[n].config == config]
+    others = [n for n in alike or of_family if [BACKBONES[n].dim, BACKBONES[n].n_layers] == found] or [*of_family[:3], "..."]
     if whose != self.spec.family: return (f"Its keys are those of a {whose} file ({', '.join(others)}): "
         f"give the file of {self.name}, or load that model")
     wanted = [self.size["dim"], self.size["n_layers"]]
+    if config is not None and config != self.spec.config: return (
+        f"Its layers are those of another model of this family ({few(alike)}): give the file of {self.name}, or load "
+        "that model")
     if found == wanted:
         return f"Its width and depth are those of {self.name}, so it is incomplete or altered: get it again"
     return (f"The file has dim {found[0]} and {found[1]} blocks, expected {wanted[0]} and {wanted[1]}: "
@@ -281,7 +292,10 @@ def from_file(self: WeightReader,
         missing=[k for k in wanted if k not in state and k not in fill])
     if report.missing or report.unexpected: require_complete(report, name, self.remedy(file))
     size = self.own_size(state)
-    size |= family.beside(file, size)
+    try: more = family.beside(file, size)
+    except ValueError as error: more, wrong = {}, error
+    else: wrong = None
+    size |= more
     if self.spec.bands and size["bands"] != len(self.spec.bands): raise ValueError(
         f"{name}: the patch kernel in {self.weights} is for {size['bands']} bands, expected {len(self.spec.bands)}: "
         "give the published weights")
@@ -294,6 +308,7 @@ def from_file(self: WeightReader,
     report.misshapen = [f"{k}: {tuple(v.shape)}, expected {tuple(wanted[k].shape)}" for k, v in state.items()
         if v.shape != wanted[k].shape]
     if report.misshapen: require_complete(report, name, self.remedy(file))
+    if wrong: raise ValueError(f"{name}: {self.weights}: {wrong}") from wrong # shapes tell more than this
     require_finite(state, f"{name}: {self.weights}")
     return state, size, report
 

@@ -86,7 +86,11 @@ def convert_released_adapter(
         1, 1, 1, 1)
     _account(what, given, set(names))
     usual = lambda part: Counter(tuple(v.shape) for k, v in given.items() if k.startswith(part)).most_common(1)[0][0]
-    (m, r), dim, query_dim = usual("experts_a."), usual("experts_b.")[-1], given["transform.bias"].numel()
+    if flat := [f"{k} is {tuple(v.shape)}" for k, v in given.items() if k.startswith("experts_") and v.ndim != 2]:
+        raise ValueError(f"{what}: {few(flat)}, expected two axes (tokens, rank) and (rank, width): the file is damaged")
+    (m, r), dim = usual("experts_a."), usual("experts_b.")[-1]
+    rows = [*given["transform.weight"].shape[:1], given["transform.bias"].numel(), *given["merge.weight"].shape[:1]]
+    query_dim = Counter(rows).most_common(1)[0][0]
     _account(what, given, released_shapes(len(layers), len(experts), m, r, dim, query_dim))
     for name, value in buffers.items():
         if not state[name].is_meta and state[name].tolist() != [value]: raise ValueError(
@@ -152,7 +156,7 @@ def _renamed(module, names):
 
 def _no_place(what, keys):
     if keys: raise ValueError(f"{what}: {len(keys)} keys belong to no part of it (such as {few(sorted(keys), 3)}): "
-                              "of another method or version")
+                              "of another method or version, or a file of frozen weights")
 
 def convert_mmseg_head(
     state: Mapping[str, Tensor], # mmdet's names, without the prefix `decode_head.`

@@ -391,12 +391,16 @@ def same_backbone(
     if saved is None: return None
     model = own_backbone(given or saved["source"], load, tuned)
     if tuned: return model
-    kernel = saved.get("extra_bands")
+    kernel, was = saved.get("extra_bands"), saved["source"]
+    if kernel and model.extra_bands is None: raise ValueError(
+        f"{model.name} was loaded without kernels of further bands ({model.kernels or 'it has none'}), and the checkpoint "
+        f"was trained with some (inflate={was['inflate']!r}): load it in that way")
     bands = kernel and weights_sha256({"extra_bands": model.extra_bands})
+    described = ", ".join(f"{k}={was[k]!r}" for k in ("name", "weights", "inflate", "patch_size", "seed") if k in was)
     for what, have, had, same in (("weights", model.fingerprint(), saved["sha256"], model.known_as(saved["sha256"])),
                                   ("kernels of further bands", bands, kernel, bands == kernel)):
         if not same: raise ValueError(
-            f"{model.name}: the {what} have sha256 {have[:12]}..., the checkpoint was trained on {had[:12]}... ({saved['source']}); give exactly those weights")
+            f"{model.name}: the {what} have sha256 {have[:12]}..., the checkpoint was trained on {had[:12]}... ({described}); give exactly those weights")
     return model
 
 # %% ../nbs/16_segmentor.ipynb #85ec7677

@@ -107,6 +107,15 @@ def test_other_sizes_are_refused(published, key):
                                  else published[key][:-3]}, "made_tiles", VFM, DFM)
 
 
+def test_tensors_without_the_axes_of_an_expert_or_a_map_are_named(published):
+    take = lambda **changed: segmentor_from_released({**published, **{f"backbone.depthmoe.{k}": v for k, v in changed.items()}},
+                                                     "made_tiles", VFM, DFM)
+    flat = {k.removeprefix("backbone.depthmoe."): v.flatten() for k, v in published.items() if ".experts_a." in k}
+    with pytest.raises(ValueError, match=r"experts_a.0.0 is \(16,\), .*, expected two axes"): take(**flat)
+    with pytest.raises(ValueError, match=r"1 keys of another shape \(transform.bias is \(\), expected \(32,\)\)"):
+        take(**{"transform.bias": torch.tensor(1.0)})
+
+
 def test_backbones_that_cannot_be_those_of_the_checkpoint(published):
     load = lambda vfm=VFM, dfm=DFM, benchmark="made_tiles": segmentor_from_released(published, benchmark, vfm, dfm)
     with pytest.raises(ValueError, match="random weights, on which"): load({**VFM, "weights": None})

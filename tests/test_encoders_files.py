@@ -3,15 +3,19 @@ import argparse
 import io
 import json
 import os
+import pathlib
 import pickle
+import sys
+import types
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from spectralmoe.encoders.files import LoadReport, read_weights, require_complete, weight_files
+from spectralmoe.encoders.files import LoadReport, read_weights, require_complete, require_finite, weight_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 STATE = {"a.weight": torch.randn(2, 3), "a.bias": torch.zeros(2), "n": torch.tensor(3)}
@@ -109,3 +113,59 @@ def test_a_report_in_a_notebook_shows_every_kind_of_key():
     assert "k&lt;" in LoadReport("x", "timm", missing=["k<"])._repr_html_()
     for kind, word in (("missing", "missing"), ("unexpected", "unexpected"), ("misshapen", "mismatched")):
         with pytest.raises(ValueError, match=rf"1 {word} \(k<, \.\.\.\).*Do that"): require_complete(LoadReport("x", "timm", **{kind: ["k<"]}), "m", "Do that")
+
+
+class Curve:
+    "A log that pickles its methods, as mmengine's does."
+    def newest(self): pass
+
+
+Curve.__module__, Curve.__qualname__, Curve.newest.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer", "HistoryBuffer.newest"
+Curve.newest.__module__ = Curve.__module__
+
+
+@pytest.fixture
+def log(monkeypatch):
+    parts = ["mmengine", "mmengine.logging", Curve.__module__]
+    for name in parts: monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[Curve.__module__].HistoryBuffer = Curve
+    made = Curve()
+    made.methods = {"newest": Curve.newest}
+    return made
+
+
+def test_paths_and_empty_arrays_in_a_training_log_are_left_unmade(tmp_path):
+    "Lightning keeps paths among its hyperparameters, numpy writes an empty array as a call of `bytes`."
+    beside = dict(hyper_parameters={"data": pathlib.Path("a"), "other": pathlib.PureWindowsPath("b")}, curve=np.zeros(0))
+    for zipped in (True, False):
+        torch.save({"state_dict": STATE, **beside}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+        same(read_weights(tmp_path / "x.ckpt"))
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_a_log_of_a_later_protocol_is_not_called_code(tmp_path, protocol, log):
+    torch.save({"state_dict": STATE, "log": log, "curve": np.ones(3)}, tmp_path / "x.pth", pickle_protocol=protocol)
+    with pytest.raises(ValueError, match="a later protocol, or made by hand.*torch.save"): read_weights(tmp_path / "x.pth")
+    mark = tmp_path / "ran"
+    torch.save({"state_dict": STATE, "log": log, "b": Evil(mark)}, tmp_path / "x.pth", pickle_protocol=protocol)
+    with pytest.raises(ValueError, match=r"pickled code or objects \(os.makedirs\)"): read_weights(tmp_path / "x.pth")
+    assert not mark.exists()
+
+
+def test_an_optimizer_is_named(tmp_path):
+    torch.save(torch.optim.AdamW(nn.Linear(2, 2).parameters()).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="x.pth holds the state of an optimizer"): read_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("odd", [torch.ones(2, 2).to_sparse(), torch.ones(2) * 1j, torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)],
+                         ids=["sparse", "complex", "quantized"])
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path, odd):
+    torch.save({**STATE, "odd": odd}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x.pth: odd \(.*\) are no plain tensors.*float32"): read_weights(tmp_path / "x.pth")
+
+
+def test_eight_bits_are_looked_at_too():
+    require_finite({"a": torch.ones(3).to(torch.float8_e4m3fn)}, "x")
+    with pytest.raises(ValueError, match=r"x: a \(1 of 2 values\) not finite"):
+        require_finite({"a": torch.tensor([1, float("nan")]).to(torch.float8_e4m3fn)}, "x")

@@ -341,6 +341,32 @@ def test_a_file_of_another_model_is_named(name, given, what):
     assert what in WeightReader(name, "x.pth", backbone_size(name)).remedy(file)
 
 
+def test_every_file_under_every_wrong_name_is_refused_by_what_it_is(tmp_path):
+    "Also timm's DINOv3, which has registers and no table of positions, and models that differ in their layers alone."
+    files = {name: authors_file(name) for name in ("dinov3-vits16", "dinov3-vits16plus", "dinov2-small", "dinov2-with-registers-small",
+                                                   "depth-anything-v2-small")}
+    files["timm"] = timm.create_model("vit_small_patch16_dinov3", embed_dim=32, depth=4, num_heads=2, num_classes=0).state_dict()
+    family = lambda n: "dinov3_vit" if n == "timm" else RGB_BACKBONES[n].family
+    for given, state in files.items():
+        for name in ("dinov3-vits16", "dinov3-vits16plus", "dinov2-small", "dinov2-with-registers-small", "sam-vitb", "depth-anything-v2-small"):
+            if name == given or (name, given) == ("dinov3-vits16", "timm"): continue
+            what = "Its layers are those of another model .*" + given.replace("timm", "dinov3-vits16") if family(name) == family(given) else (
+                f"those of a {family(given)} file")
+            with pytest.raises(ValueError, match=what): load_tiny(name, save(state, tmp_path))
+    wide = drawn(dinov3(64, 4, 256))
+    with pytest.raises(ValueError, match=r"\(1, 1, 64\), expected \(1, 1, 32\).*has dim 64 and 4 blocks"): load_tiny("dinov3-vits16", save(wide, tmp_path))
+
+
+def test_a_folder_of_the_same_sizes_with_other_layers_is_refused(tmp_path):
+    "dinov3-vits16 and dinov3-vits16plus have one width, depth and number of heads."
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+    DINOv3ViTModel(DINOv3ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, num_register_tokens=4,
+                                   use_gated_mlp=True)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dinov3-vits16: config.json of .* has use_gated_mlp=True, expected False"):
+        load_tiny("dinov3-vits16", tmp_path)
+    load_tiny("dinov3-vits16plus", tmp_path)
+
+
 def test_a_dinov2_stored_for_another_size_is_the_authors_at_that_size(tmp_path):
     "At its own patch size the stored table and the one read on the run are the same rule."
     for name in ("dinov2-small", "dinov2-with-registers-small"):

@@ -212,7 +212,11 @@ def test_frozen_kernels_of_further_bands_are_compared(tmp_path):
     other = load_vfm(**vfm, in_bands=BENCHMARKS["made_tiles"].input_sensor)
     assert Segmentor.from_pretrained(folder, vfm=other).vfm is other
     other.extra_bands.data.mul_(2)
-    with pytest.raises(ValueError, match="kernels of further bands have sha256"): Segmentor.from_pretrained(folder, vfm=other)
+    with pytest.raises(ValueError, match="kernels of further bands have sha256") as caught: Segmentor.from_pretrained(folder, vfm=other)
+    assert len(str(caught.value)) < 400, "it names the weights, not every band"
+    cyclic = load_vfm(**{**vfm, "inflate": "cyclic"}, in_bands=BENCHMARKS["made_tiles"].input_sensor)
+    with pytest.raises(ValueError, match="loaded without kernels of further bands .cyclic: .* trained with some .inflate='rgb_kept'"):
+        Segmentor.from_pretrained(folder, vfm=cyclic)
 
 
 def test_a_model_of_version_0_1_loads():

@@ -57,11 +57,15 @@ def _method_of(owner, name):
     if owner is _Nothing or isinstance(owner, _Nothing): return _Nothing()
     raise pickle.UnpicklingError("code: getattr")
 
+_LOG = "mmengine.logging.history_buffer.HistoryBuffer"
 INERT = { # name in a pickle: what stands for it
     **{name: _Nothing for name in (
-        "mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray", "numpy.dtype",
+        _LOG, "numpy.ndarray", "numpy.dtype",
+        "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer",
         "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")},
+        "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "__builtin__.bytes", "builtins.bytes",
+        *(f"{module}.{kind}{system}Path" for module in ("pathlib", "pathlib._local") for kind in ("", "Pure")
+            for system in ("Posix", "Windows")))},
     **dict.fromkeys(("__builtin__.getattr", "builtins.getattr"), _method_of)}
 
 # %% ../../nbs/encoders/00_files.ipynb #3f302f87
@@ -97,11 +101,13 @@ def _not_unpickled(path, error):
     found = re.search(r"(?:GLOBAL|Unsupported class|type of|code:) ([\w.]+)", str(error))
     code = [found[1]] if found else [
         n for n in pickled_names(path) if INERT.get(n) is not _Nothing and not _PLAIN.fullmatch(n)]
+    later = "Unsupported operand" in str(error)
+    if later: code = [n for n in code if n not in INERT and not n.startswith(f"{_LOG}.")] # its curves' methods
     if code: return ValueError(
         f"{path} holds more than weights: pickled code or objects ({few(dict.fromkeys(code))}), which were not run. If "
         "you trust its source, load it once where nothing can be lost and save its tensors with "
         "safetensors.torch.save_file")
-    if "Unsupported operand" in str(error): return ValueError(
+    if later: return ValueError(
         f"{path} is pickled in another way than `torch.save` does (a later protocol, or made by hand) and cannot be "
         "read without running it: save its tensors with torch.save(state_dict, path) or safetensors.torch.save_file")
     return _damaged(path, error)
@@ -194,8 +200,13 @@ def _flat(path, found):
     inner = next((w for w in _WRAPPERS if isinstance(found.get(w), Mapping)), None)
     if inner: return _flat(path, found[inner])
     state = {k: v for k, v in found.items() if isinstance(v, Tensor)}
+    if {"state", "param_groups"} <= found.keys() and not state: raise ValueError(
+        f"{path} holds the state of an optimizer, expected weights: save `model.state_dict()`")
     if not state: raise ValueError(f"{path} holds no tensor under {list(found)[:6]}: expected a state dict, "
         f"alone or under one of {', '.join(_WRAPPERS)}")
+    odd = [f"{k} ({'quantized' if v.is_quantized else 'complex' if v.is_complex() else v.layout})"
+        for k, v in state.items() if v.layout != torch.strided or v.is_quantized or v.is_complex()]
+    if odd: raise ValueError(f"{path}: {few(odd)} are no plain tensors of real numbers: save them dense and in float32")
     return state
 
 def read_weights(
@@ -219,8 +230,9 @@ def require_finite(
     where: str, # they are from, for the message
 ) -> None:
     "Raise if a tensor holds NaN or infinity."
-    bad = {k: int((~v.isfinite()).sum()) for k, v in state.items() if v.is_floating_point() and not v.is_meta
-        and not v.isfinite().all()}
+    finite = lambda v: (v if v.element_size() > 1 else v.float()).isfinite() # torch has no test for 8 bits
+    bad = {k: int((~finite(v)).sum()) for k, v in state.items() if v.is_floating_point() and not v.is_meta
+        and not finite(v).all()}
     if bad: raise ValueError(
         f"{where}: {few(f'{k} ({n} of {state[k].numel()} values)' for k, n in bad.items())} not finite (NaN or "
         "infinity), expected numbers: the training diverged or the file is damaged; take an earlier checkpoint, or "

@@ -309,7 +309,8 @@ _DINOV2_HF = tuple((rf"(encoder\.layer\.\d+\.)attention\.{old}\.(.+)", rf"\1atte
 # %% ../../nbs/encoders/01_vit.ipynb #3d6b842a
 def _class_position(state):
     "timm's table with the entry of the class token that it has added already."
-    return {**state, "pos_embed": F.pad(state["pos_embed"], (0, 0, 1, 0))} if "reg_token" in state else state
+    if not {"reg_token", "pos_embed"} <= state.keys(): return state # timm's DINOv3 has registers and no table
+    return {**state, "pos_embed": F.pad(state["pos_embed"], (0, 0, 1, 0))}
 
 _META = Format("original", _DINOV2_META, beside=_COMBINED, fill=_NO_MASK)
 _HF = Format("transformers", _DINOV2_HF, fill=_NO_MASK)
