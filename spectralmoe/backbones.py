@@ -467,6 +467,7 @@ def grid(self: Backbone,
 ) -> tuple[int, int]: # tokens down, tokens across, of the padded image if `pad`
     "Token grid of an image."
     patch = self.patch_size
+    if torch.jit.is_tracing(): height, width = int(height), int(width) # tensors there; the program keeps its sides
     down, across = -(-height // patch), -(-width // patch)
     if not self.pad and (height % patch or width % patch): raise ValueError(
         f"{self.name} cuts {patch} x {patch} pixel patches and the image is {height} x {width}: pad it "

@@ -87,6 +87,7 @@ def grid_of(
 ) -> tuple[int, int]: # rows and columns
     "The grid of the tokens of an image."
     n = tokens.shape[1]
+    if torch.jit.is_tracing(): n = int(n) # a tensor there; the program keeps its sides
     side = round(n**0.5)
     rows, columns = grid or (side, side)
     if rows * columns != n: raise ValueError(f"{n} tokens on a grid of {rows} x {columns}; expected rows x columns = {n}: give `grid`")

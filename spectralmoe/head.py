@@ -256,6 +256,9 @@ class Mask2FormerHead(nn.Module):
         if self.query_dim == 32 and any(m.shape[-2:].numel() == 1 for m in features): raise ValueError(
             f"maps are {', '.join(' x '.join(map(str, m.shape[-2:])) for m in features)} cells: with hidden = 32 a map of one cell "
             "has one value per group, which the group norm makes constant; give larger images, or hidden = 64")
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export(): raise NotImplementedError(
+            "torch.onnx.export(dynamo=False) writes a Mask2Former that computes other scores, without a word: "
+            "use dynamo=True, or head='pixel_shuffle'")
         positions = self.transformer.queries_embedder.weight if queries is None else queries
         states, masks = query_states(self.pixel_decoder, self.transformer, features, positions)
         return Predictions(tuple(self.classifier(s.transpose(0, 1)) for s in states), tuple(masks))

@@ -102,7 +102,8 @@ def _not_unpickled(path, error):
     code = [found[1]] if found else [
         n for n in pickled_names(path) if INERT.get(n) is not _Nothing and not _PLAIN.fullmatch(n)]
     later = "Unsupported operand" in str(error)
-    if later: code = [n for n in code if n not in INERT and not n.startswith(f"{_LOG}.")] # its curves' methods
+    if later and _LOG in pickled_names(path): # its curves pickle their methods
+        code = [n for n in code if n not in INERT and not n.startswith(f"{_LOG}.")]
     if code: return ValueError(
         f"{path} holds more than weights: pickled code or objects ({few(dict.fromkeys(code))}), which were not run. If "
         "you trust its source, load it once where nothing can be lost and save its tensors with "
@@ -332,7 +333,9 @@ def resize_positions(
 ) -> Tensor: # (1, 1 + down * across, dim), or without the first axis; the table itself where the grid is its own
     "A learned position table on another grid, bicubic."
     if positions.ndim == 2: return resize_positions(positions[None], side, offset, antialias)[0]
-    old, grid = round((positions.shape[1] - 1) ** 0.5), (side, side) if isinstance(side, int) else tuple(side)
+    grid = (side, side) if isinstance(side, int) else tuple(side)
+    if torch.jit.is_tracing(): grid = tuple(map(int, grid)) # sizes are tensors there, and the program keeps its sides
+    old = round(int(positions.shape[1] - 1) ** 0.5)
     if grid == (old, old): return positions
     table = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2).float() # (1, dim, old, old)
     scaled = dict(scale_factor=tuple((n + offset) / old for n in grid)) if offset else dict(size=grid)
