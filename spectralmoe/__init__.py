@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from spectralmoe.moved import answer_for_old_paths
 

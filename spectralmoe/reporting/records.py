@@ -174,8 +174,7 @@ def write(self: RunRecord,
         claim = write_json(path.with_name(f".{self.id}-{os.getpid()}.json"), value)
         with suppress(OSError): os.link(claim, path)
         claim.unlink(missing_ok=True)
-        path = self.path(folder)
-    return write_json(path, value)
+    return write_json(self.path(folder), value) # looked up again: another run may have claimed the name meanwhile
 
 # %% ../../nbs/reporting/00_records.ipynb #c76f9902
 def read_record(
