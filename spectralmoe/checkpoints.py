@@ -6,7 +6,8 @@
 __all__ = ['RELEASED_MAPS', 'RELEASED_BUFFERS', 'RELEASED_PREFIX', 'HEAD_PREFIX', 'HEAD_REBUILT', 'HEAD_NAMES', 'REIN_PREFIX',
            'REIN_NAMES', 'REIN_CONTENT', 'read_checkpoint', 'released_shapes', 'convert_released_adapter',
            'released_adapter_state', 'convert_mmseg_head', 'mmseg_head_state', 'convert_released', 'released_state',
-           'released_sizes', 'segmentor_from_released', 'to_released', 'convert', 'convert_rein', 'rein_state']
+           'released_sizes', 'segmentor_from_released', 'to_released', 'convert', 'rein_shapes', 'convert_rein',
+           'rein_state']
 
 # %% ../nbs/18_checkpoints.ipynb #b952ce9a
 import re
@@ -351,15 +352,33 @@ REIN_NAMES = {"learnable_tokens_a": "tokens.A", "learnable_tokens_b": "tokens.B"
 REIN_CONTENT = {f"querys2feat.{part}": f"to_content.{part}" for part in ("weight", "bias")}
 
 # %% ../nbs/18_checkpoints.ipynb #0baf574b
+def rein_shapes(
+    adapter: Mapping[str, Tensor], # Rein's names, without prefix
+) -> dict[str, tuple]: # by Rein's name
+    "Shapes that the tensors of a Rein adapter have, by what most of them say of L, m, r, D and the queries' width."
+    shape = {k: tuple(v.shape) for k, v in adapter.items()}
+    a, b = shape["learnable_tokens_a"], shape["learnable_tokens_b"]
+    usual = lambda *seen: Counter(n for one in seen for n in one).most_common(1)[0][0] if any(seen) else 0
+    square = [shape[f"{name}.{part}"] for name in ("mlp_token2feat", "mlp_delta_f") for part in ("weight", "bias")]
+    layers, rank, tokens = usual(a[:1], b[:1]), usual(a[2:], b[1:2]), usual(a[1:2])
+    dim, query = usual(*square, b[2:]), usual(*(shape[f"{n}.{p}"][:1] for n in ("transform", "merge") for p in ("weight", "bias")))
+    maps = {"mlp_token2feat": (dim, dim), "mlp_delta_f": (dim, dim), "transform": (query, dim), "merge": (query, 3 * query)}
+    return {"learnable_tokens_a": (layers, tokens, rank), "learnable_tokens_b": (layers, rank, dim), "scale": (),
+            **{f"{n}.weight": s for n, s in maps.items()}, **{f"{n}.bias": s[:1] for n, s in maps.items()}}
+
 def convert_rein(
     state: Mapping[str, Tensor], # of a Rein checkpoint: backbone.reins.* and decode_head.*
+    where: str = "Rein checkpoint", # the file, for messages
 ) -> dict[str, Tensor]: # adapter.tokens.A (L, m, r), adapter.tokens.B (L, r, D), adapter.*, head.*
     "A Rein checkpoint under our names."
-    _no_place("Rein checkpoint", [k for k in state if not k.startswith((REIN_PREFIX, HEAD_PREFIX))])
+    _no_place(where, [k for k in state if not k.startswith((REIN_PREFIX, HEAD_PREFIX))])
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     adapter, head = part(REIN_PREFIX), part(HEAD_PREFIX)
-    require_finite(state, "Rein checkpoint")
-    _account("Rein adapter with low-rank tokens", adapter, set(REIN_NAMES))
+    require_finite(state, where)
+    what = f"{where}, Rein adapter with low-rank tokens"
+    _account(what, adapter, set(REIN_NAMES))
+    _account(what, adapter, rein_shapes(adapter))
+    if "cls_embed.weight" not in head: raise ValueError(f"{where}: no Mask2Former head under {HEAD_PREFIX}: it is cut off")
     rest = convert_mmseg_head({k: v for k, v in head.items() if k not in REIN_CONTENT})
     return {**{f"adapter.{REIN_NAMES[k]}": v for k, v in adapter.items()}, **{f"head.{k}": v for k, v in rest.items()},
             **{f"head.{REIN_CONTENT[k]}": v for k, v in head.items() if k in REIN_CONTENT}}

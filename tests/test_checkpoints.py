@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import sys
 import types
 import zipfile
@@ -328,6 +329,14 @@ def test_rein_there_and_back():
     assert ours["head.to_content.weight"].shape == (256, 256)
     for change in ({"backbone.reins.extra": torch.ones(1)}, {"backbone.cls_token": torch.ones(1)}, {"decode_head.x": torch.ones(1)}):
         with pytest.raises(ValueError, match="belong to no part"): convert_rein({**state, **change})
+    for key, wrong, words in (("learnable_tokens_a", (24, 100), "(24, 100), expected (24, 100, 16)"),
+                              ("learnable_tokens_b", (24, 1024, 16), "(24, 1024, 16), expected (24, 16, 1024)"),
+                              ("mlp_delta_f.weight", (512, 1024), "(512, 1024), expected (1024, 1024)"),
+                              ("merge.weight", (256, 256), "(256, 256), expected (256, 768)"), ("scale", (3,), "(3,), expected ()")):
+        with pytest.raises(ValueError, match=f"^x.pth, .*{re.escape(f'{key} is {words}')}"):
+            convert_rein({**state, f"backbone.reins.{key}": torch.ones(wrong)}, "x.pth")
+    with pytest.raises(ValueError, match="no Mask2Former head"):
+        convert_rein({k: v for k, v in state.items() if k.startswith("backbone.")})
     with pytest.raises(ValueError, match="1 keys missing .such as scale"):
         convert_rein({k: v for k, v in state.items() if not k.endswith("reins.scale")})
     with pytest.raises(ValueError, match="belong to no part"): rein_state({**ours, "gates.0": torch.ones(1)})
