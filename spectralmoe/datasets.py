@@ -33,11 +33,11 @@ from .bands import SENSORS, Band, Sensor, as_sensor, match_bands
 from .benchmarks import benchmark as find_benchmark
 from .files import few, file_sha256, read_csv
 from .pictures import draw_legend, paint, stretch
-from .reading.checks import (check_classes, ground_of, lifted, lost_to_bands, on_same_ground, uneven_split, unlike_sensor,
+from .reading.checks import (check_classes, ground_of, lifted, lost_to_bands, on_same_ground, uneven_split, unlike_others, unlike_sensor,
                                         unlike_statistics)
 from .reading.listing import TileFile, list_files
 from .reading.manifest import noted, verify_folder
-from .reading.masks import (check_label_map, check_same_ground, count_labels, label_codes, read_mask, show_value, to_classes,
+from .reading.masks import (check_label_map, check_same_ground, count_labels, label_advice, label_codes, read_mask, show_value, to_classes,
                                        unlisted_values)
 from .reading.rasters import (Raster, _read, look_at_image, open_raster, read_header, read_image, sensor_of_file, shifted,
                                          warn_together)
@@ -354,7 +354,11 @@ def label_table(self: SegmentationTiles,
     names = ["ignored" if k == IGNORE else self.classes[k] for k in classes]
     meaning = dict(zip(keys.tolist(), names))
     unknown = {v: n for v, n in found.items() if v not in meaning}
-    if unknown: raise unlisted_values(f"{len(self)} masks in {self.files[0].mask.parent}", unknown, keys)
+    if unknown:
+        held = lambda f: self.looks[f].values if f in self.looks else count_labels(f.mask)
+        where = [f.mask.name for f in self.files if f.mask and not self.entry and unknown.keys() & held(f).keys()]
+        some = f"{few(where, 3)} ({len(where)} of {len(self)} masks)" if where else f"{len(self)} masks"
+        raise unlisted_values(f"{some} in {self.files[0].mask.parent}", unknown, keys)
     table = pd.DataFrame([(show_value(v), meaning[v], found[v]) for v in sorted(found)], columns=["value", "class", "pixels"])
     return table.assign(share=(table.pixels / table.pixels.sum()).round(4))
 
@@ -390,6 +394,8 @@ class Look(NamedTuple):
     labelled: int # those of them that have a class
     ground: object # `Ground` it covers; None: not georeferenced
     doubts: tuple[str, ...] # what is odd about its values, such as fill that no tag declares
+    level: float # mean absolute value over bands and valid pixels, physical units; NaN where nothing is valid
+    kind: str # type of the numbers in the file, "uint16"
 
 @patch
 def look(self: SegmentationTiles,
@@ -400,12 +406,14 @@ def look(self: SegmentationTiles,
     if file in self.looks: return self.looks[file]
     shape, (keys, classes) = self.reader.shape(index), label_codes(self.label_map)
     content, values, low, high = hashlib.blake2b(repr(shape).encode()), Counter(), np.inf, -np.inf
-    pixels = labelled = 0
+    pixels = labelled = total = 0
+    with open_raster(file.image) as source: kind = source.dtypes[0]
     for strip in self.reader.strips(index):
         part = read_image(file.image, self.sensor, self.bands, file.bands, strip, quiet=True)
         content.update(np.ascontiguousarray(part.image))
         valid = ~np.isnan(part.image[0])
         pixels += int(valid.sum())
+        total += float(np.abs(part.image[:, valid]).sum(dtype="float64"))
         if valid.any(): low, high = np.minimum(low, part.image[:, valid].min(1)), np.maximum(high, part.image[:, valid].max(1))
         if strip[0] == 0: ground = ground_of(part.transform, part.crs, shape)
         if file.mask is None: continue
@@ -413,18 +421,33 @@ def look(self: SegmentationTiles,
         for value, n in zip(*np.unique(mask, return_counts=True)): values[int(value)] += int(n)
         labelled += int((valid & ~np.isin(mask, keys[classes == IGNORE])).sum())
     self.looks[file] = Look(content.hexdigest() if np.any(high > low) else "", dict(values), pixels, labelled, ground,
-                            look_at_image(file.image, self.sensor, self.bands, file.bands).doubts)
+                            look_at_image(file.image, self.sensor, self.bands, file.bands).doubts,
+                            total / (pixels * len(self.bands)) if pixels else float("nan"), kind)
     return self.looks[file]
 
 # %% ../nbs/05_datasets.ipynb #d26ed9d6
+@patch
+def hashes(self: SegmentationTiles,
+    of_files: bool, # True: of the files, which an index knows; False: of the pixels
+) -> list[str]: # one per tile; "" where all pixels are alike
+    "What each tile holds, for comparison."
+    if not of_files: return [self.look(i).content for i in range(len(self))]
+    return [row["sha256_image"] for row in self.rows] if self.rows else [file_sha256(f.image) for f in self.files]
+
+@patch
+def repeated(self: SegmentationTiles) -> list[tuple[str, str]]: # names of tiles that hold the same pixels
+    "Copies within a domain."
+    first, same = {}, []
+    for i, content in enumerate(self.hashes(bool(self.rows))):
+        if content and (j := first.setdefault(content, i)) != i: same.append((j, i))
+    return [(self.files[j].name, self.files[i].name) for j, i in same if self.look(i).content]
+
 @patch
 def copies_in(self: SegmentationTiles,
     others: SegmentationTiles, # perhaps with the same images
 ) -> list[tuple[str, str]]: # names, here and there
     "Tiles that hold the same pixels as a tile of the others."
-    if self.rows or others.rows:
-        hashes = [[row["sha256_image"] for row in t.rows] if t.rows else [file_sha256(f.image) for f in t.files] for t in (self, others)]
-    else: hashes = [[t.look(i).content for i in range(len(t))] for t in (self, others)]
+    hashes = [t.hashes(bool(self.rows or others.rows)) for t in (self, others)]
     there = {content: i for i, content in enumerate(hashes[1]) if content}
     same = [(i, there[content]) for i, content in enumerate(hashes[0]) if content in there]
     if not any(self.look(i).content for i, _ in same): return []
@@ -746,7 +769,7 @@ class DomainDataModule(LightningDataModule):
 @patch
 def refuse_arguments(self: DomainDataModule) -> None: # raises ValueError
     "Whole numbers in their range."
-    counts = dict(batch_size=1, micro_batch=1, crop=1, steps=1, num_workers=0)
+    counts = dict(batch_size=1, micro_batch=1, crop=1, steps=1, num_workers=0, seed=0)
     for name, least in counts.items():
         value = getattr(self, name)
         if value is None and name in ("micro_batch", "steps"): continue
@@ -790,6 +813,11 @@ def look_at_files(self: DomainDataModule) -> list[str]: # findings; a file that 
         told = dict((doubt, image) for image, doubt in reversed(odd)) # the first image of each
         found += [f"domain {name!r}, {image}{f' and others ({times} of {len(tiles)} files)' if (times := [d for _, d in odd].count(doubt)) > 1 else ''}: "
                   f"{doubt}" for doubt, image in list(told.items())[:-4:-1]]
+        levels, kinds = [look.level for look in looks], [look.kind for look in looks]
+        if odd_ones := unlike_others(levels, kinds): found.append(
+            f"domain {name!r}: {len(odd_ones)} of {len(tiles)} images are on another scale than the others "
+            f"({few((f'{tiles.files[i].image.name}: mean {levels[i]:.3g}, {kinds[i]}' for i in odd_ones), 3)}; median {np.nanmedian(levels):.3g}): "
+            "bring all files of a domain to one product, or leave them out")
         if len(told) > 3: found.append(f"domain {name!r}: {len(told) - 3} more findings of this kind in {len({i for i, _ in odd})} of {len(tiles)} files")
     return found
 
@@ -809,7 +837,8 @@ def look_at_labels(self: DomainDataModule) -> tuple[dict, list[str]]: # labelled
     for name, tiles in self._targets.items():
         seen = [tiles.looks[f].labelled for f in tiles.files if f in tiles.looks]
         if name not in self.labelled: found.append(f"target {name!r} has no labelled pixel: it is left out of the scores and of the record")
-        elif seen and not any(seen): raise ValueError(f"target {name!r}: all labelled pixels are nodata in the images: correct masks or nodata")
+        elif not tiles.entry and (hint := label_advice(tiles.label_values(), self.benchmark.label_map)): found.append(f"target {name!r}: {hint}")
+        if name in self.labelled and seen and not any(seen): raise ValueError(f"target {name!r}: all labelled pixels are nodata in the images: correct masks or nodata")
     return labels, found
 
 # %% ../nbs/05_datasets.ipynb #a94123b4
@@ -822,6 +851,11 @@ def look_for_leaks(self: DomainDataModule) -> list[str]: # findings; a copy of t
             f"{len(same)} of {len(tiles)} images of target {name!r} hold the pixels of source images ({pairs(same)}): a target must hold other images")
     if same := self._val.copies_in(self._train): found.append(
         f"{len(same)} of {len(self._val)} validation images hold the pixels of training images ({pairs(same)}): delete the copies")
+    for k, (name, tiles) in enumerate(self._targets.items()):
+        if same := tiles.repeated(): found.append(f"{len(same)} images of target {name!r} are there twice ({pairs(same)}): their pixels count twice in the score")
+        for other, more in list(self._targets.items())[k + 1:]:
+            if same := tiles.copies_in(more): found.append(
+                f"{len(same)} of {len(tiles)} images of target {name!r} hold the pixels of target {other!r} ({pairs(same)}): these are not two targets")
     ground = lambda tiles: [None if tiles.rows else tiles.look(i).ground for i in range(len(tiles))]
     for name, tiles in self._targets.items():
         if at := on_same_ground(ground(self.source), ground(tiles)): found.append(
@@ -844,6 +878,7 @@ def look_at_numbers(self: DomainDataModule) -> tuple[dict, list[str]]: # domain 
             reports[name] = first_batch_report(tiles, about=f"target {name!r}")
             source = reports[self.benchmark.source.name]
             found += [f"target {name!r}: {text}" for text in lifted(reports[name], source)]
+            found += [f"source {self.benchmark.source.name!r}: {text}" for text in lifted(source, reports[name], f"those of target {name!r}")]
     return reports, [str(w.message) for w in caught] + found
 
 # %% ../nbs/05_datasets.ipynb #f938cf00

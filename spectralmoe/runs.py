@@ -322,8 +322,9 @@ def grid_cells(
 ) -> list[dict]: # arguments of `run_method` but for `folder`
     "Every run of a table, seed by seed, so that an unfinished grid has whole seeds."
     from spectralmoe.benchmarks import oracle
-    tasks = [find_benchmark(b) for b in benchmarks]
+    tasks = [find_benchmark(b) for b in ([benchmarks] if isinstance(benchmarks, str) else benchmarks)]
     for name, values in (("benchmarks", tasks), ("methods", methods), ("seeds", seeds)):
+        if isinstance(values, (str, int)): raise TypeError(f"{name}={values!r}: expected a list, such as [{values!r}]")
         if not len(values): raise ValueError(f"{name}={values}: expected one or more")
     check_setting("methods", list(methods)), check_setting("seeds", list(seeds))
     def runs(task, method):

@@ -272,3 +272,50 @@ def test_statistics_are_the_same_in_strips(tmp_path, monkeypatch):
     whole, strips = (SegmentationTiles(tmp_path / "s/images", sensor=REFLECTANCE, cache_mib=mib) for mib in (9, 0))
     monkeypatch.setattr(strips.reader, "strips", lambda i: [(row, 0, 16, 48) for row in (0, 16, 32)], raising=False)
     assert np.allclose(Statistics.fit(whole).mean, Statistics.fit(strips).mean, rtol=1e-12)
+
+
+# ---- one file among many, and both directions
+
+def test_one_file_on_another_scale_is_named(tmp_path):
+    domain(tmp_path, "s", n=20)
+    domain(tmp_path, "t", n=20, seed=1)
+    write(tmp_path / "t" / "images" / "t7.tif", (scene(np.random.default_rng(5)) * 100).astype("uint32"))
+    found = [n for n in said(DomainDataModule(task(), tmp_path)) if "another scale than the others" in n]
+    assert len(found) == 1 and "domain 't': 1 of 20 images" in found[0] and "t7.tif" in found[0] and "uint32" in found[0]
+
+
+def test_masks_of_0_and_255_in_a_target_are_named(tmp_path):
+    domain(tmp_path, "s")
+    domain(tmp_path, "t", seed=1, labels=(0, 255))
+    assert any("target 't': the masks hold 0" in n and "label_map={0: 0, 255: 1}" in n for n in said(DomainDataModule(task(), tmp_path)))
+
+
+def test_an_offset_of_the_source_is_found_beside_a_plain_target(tmp_path):
+    domain(tmp_path, "s", change=lambda dn: dn + 1000)
+    domain(tmp_path, "t", seed=1)
+    assert any("source 's'" in n and "above those of target 't'" in n and "baseline 04.00" in n for n in said(DomainDataModule(task(), tmp_path)))
+
+
+def test_copies_within_and_between_targets_are_named(tmp_path):
+    for k, name in enumerate("stu"): domain(tmp_path, name, seed=k)
+    for other in ("t9", "u9"):
+        with rasterio.open(tmp_path / "t" / "images" / "t0.tif") as file: pixels = file.read()
+        write(tmp_path / other[0] / "images" / f"{other}.tif", pixels, compress="deflate")
+        write(tmp_path / other[0] / "masks" / f"{other}.tif", np.zeros((1, 48, 48), "uint8"))
+    found = said(DomainDataModule(task(targets=("t", "u")), tmp_path))
+    assert any("1 images of target 't' are there twice (t0 = t9)" in n for n in found)
+    assert any("hold the pixels of target 'u'" in n for n in found)
+
+
+def test_snow_in_a_target_is_no_wrong_scale(tmp_path):
+    domain(tmp_path, "s")
+    rng = np.random.default_rng(3)
+    domain(tmp_path, "t", seed=1, change=lambda dn: 7000 + dn * 0.9 * rng.uniform(0.9, 1.1))
+    assert not [n for n in said(DomainDataModule(task(), tmp_path)) if "looks wrong" in n]
+
+
+def test_the_file_of_an_unlisted_value_is_named(tmp_path):
+    domain(tmp_path, "s")
+    domain(tmp_path, "t", seed=1)
+    write(tmp_path / "t" / "masks" / "t2.tif", np.full((1, 48, 48), 7, "uint8"))
+    with pytest.raises(ValueError, match=r"t2.tif \(1 of 4 masks\).*7: 2304"): DomainDataModule(task(), tmp_path).check()

@@ -234,3 +234,8 @@ def test_mini_profile_has_the_strides_of_the_paper():
     assert (mini.vfm, mini.dfm, mini.crop, mini.steps) == ({"name": "mini_vfm"}, {"name": "mini_dfm"}, 128, None)
     assert mini.lr == {"": 3e-3, "full": 1e-3} # as the search on source validation chose
     assert [8 / s for s in mini.head_sizes["scales"]] == [16 / s for s in (4, 2, 1, 0.5)] == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("wrong, about", [(dict(methods="frozen"), "methods='frozen': expected a list"), (dict(seeds=3), "seeds=3: expected a list")])
+def test_a_list_that_is_none_is_named(wrong, about):
+    with pytest.raises(TypeError, match=about): grid_cells(["loveda"], **{**dict(methods=["frozen"], seeds=[0]), **wrong})
