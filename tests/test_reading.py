@@ -385,3 +385,10 @@ def test_mask_files_beside_an_image(tmp_path):
     with rasterio.open(path, "r+") as file: file.write_mask(np.arange(32 * 32).reshape(32, 32) >= 64)
     image = read_image(path, SENSORS["aerial_rgb"], RGB).image
     assert np.isnan(image[:, :2]).all() and np.isfinite(image[:, 2:]).all()
+
+
+def test_a_colour_table_is_no_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype("uint8")
+    Image.fromarray(pixels).quantize(16).save(tmp_path / "table.png")
+    with pytest.raises(ValueError, match="positions in a colour table"):
+        read_image(tmp_path / "table.png", SENSORS["aerial_rgb"].select(["red"]), ("red",))

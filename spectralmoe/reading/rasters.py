@@ -125,6 +125,8 @@ def read_header(
     with open_raster(path) as source: return _header(source, path, sensor, bands, given)
 
 def _header(source, path, sensor, bands, given):
+    if any(c.name == "palette" for c in source.colorinterp): raise ValueError(
+        f"{path}: its numbers are positions in a colour table, no intensities; expected an image: use the original, or write its colours as bands (gdal_translate -expand rgb)")
     texts, waves = source.descriptions, [_wavelength(source, i) for i in source.indexes]
     flagged = [i for i, c in enumerate(source.colorinterp) if c.name == "alpha"]
     every, rest = list(range(source.count)), [i for i in range(source.count) if i not in flagged]
