@@ -289,11 +289,11 @@ def parameter_groups(self: SpectralMoE,
     weight_decay: float, # for the linear maps
 ) -> list[dict]: # as torch.optim takes them; "lr_multiple" of the run's learning rate where a group has its own
     "Parameters with and without weight decay."
-    plain = [*self.gates.parameters(), *self.experts.parameters(), self.scale]
-    rest = [self.log_temperature] if self.cfg.temperature == "learned" else []
+    routed = [*self.gates.parameters(), *self.experts.parameters()]
+    plain = [self.scale] + ([self.log_temperature] if self.cfg.temperature == "learned" else [])
     linear = [p for m in (self.to_feature, self.to_delta, self.to_query, self.merge) for p in m.parameters()]
-    if self.cfg.expert_lr == 1: return [{"params": linear, "weight_decay": weight_decay}, {"params": plain + rest, "weight_decay": 0.0}]
-    return [{"params": linear, "weight_decay": weight_decay}, {"params": [self.scale, *rest], "weight_decay": 0.0},
-            {"params": plain[:-1], "weight_decay": 0.0, "lr_multiple": self.cfg.expert_lr}]
+    if self.cfg.expert_lr == 1: return [{"params": linear, "weight_decay": weight_decay}, {"params": routed + plain, "weight_decay": 0.0}]
+    return [{"params": linear, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0},
+            {"params": routed, "weight_decay": 0.0, "lr_multiple": self.cfg.expert_lr}]
 
 SpectralMoE.parameter_groups = parameter_groups

@@ -224,6 +224,7 @@ def own_size(self: WeightReader,
         "grid")
     return size | dict(side=side)
 
+# %% ../nbs/14_backbones.ipynb #2fd589ed
 @patch
 def candidates(self: WeightReader,
     file: Mapping[str, Tensor], # flat

@@ -407,7 +407,6 @@ def look(self: SegmentationTiles,
     shape, (keys, classes) = self.reader.shape(index), label_codes(self.label_map)
     content, values, low, high = hashlib.blake2b(repr(shape).encode()), Counter(), np.inf, -np.inf
     pixels = labelled = total = 0
-    with open_raster(file.image) as source: kind = source.dtypes[0]
     for strip in self.reader.strips(index):
         part = read_image(file.image, self.sensor, self.bands, file.bands, strip, quiet=True)
         content.update(np.ascontiguousarray(part.image))
@@ -420,9 +419,9 @@ def look(self: SegmentationTiles,
         mask = read_mask(file.mask, strip)
         for value, n in zip(*np.unique(mask, return_counts=True)): values[int(value)] += int(n)
         labelled += int((valid & ~np.isin(mask, keys[classes == IGNORE])).sum())
-    self.looks[file] = Look(content.hexdigest() if np.any(high > low) else "", dict(values), pixels, labelled, ground,
-                            look_at_image(file.image, self.sensor, self.bands, file.bands).doubts,
-                            total / (pixels * len(self.bands)) if pixels else float("nan"), kind)
+    image = look_at_image(file.image, self.sensor, self.bands, file.bands)
+    self.looks[file] = Look(content.hexdigest() if np.any(high > low) else "", dict(values), pixels, labelled, ground, image.doubts,
+                            total / (pixels * len(self.bands)) if pixels else float("nan"), image.kind)
     return self.looks[file]
 
 # %% ../nbs/05_datasets.ipynb #d26ed9d6
@@ -813,12 +812,12 @@ def look_at_files(self: DomainDataModule) -> list[str]: # findings; a file that 
         told = dict((doubt, image) for image, doubt in reversed(odd)) # the first image of each
         found += [f"domain {name!r}, {image}{f' and others ({times} of {len(tiles)} files)' if (times := [d for _, d in odd].count(doubt)) > 1 else ''}: "
                   f"{doubt}" for doubt, image in list(told.items())[:-4:-1]]
+        if len(told) > 3: found.append(f"domain {name!r}: {len(told) - 3} more findings of this kind in {len({i for i, _ in odd})} of {len(tiles)} files")
         levels, kinds = [look.level for look in looks], [look.kind for look in looks]
         if odd_ones := unlike_others(levels, kinds): found.append(
             f"domain {name!r}: {len(odd_ones)} of {len(tiles)} images are on another scale than the others "
             f"({few((f'{tiles.files[i].image.name}: mean {levels[i]:.3g}, {kinds[i]}' for i in odd_ones), 3)}; median {np.nanmedian(levels):.3g}): "
             "bring all files of a domain to one product, or leave them out")
-        if len(told) > 3: found.append(f"domain {name!r}: {len(told) - 3} more findings of this kind in {len({i for i, _ in odd})} of {len(tiles)} files")
     return found
 
 # %% ../nbs/05_datasets.ipynb #01f99250
@@ -835,10 +834,12 @@ def look_at_labels(self: DomainDataModule) -> tuple[dict, list[str]]: # labelled
             f"{source}: no pixel of the {len(tiles)} {what} tiles is labelled ({few(f.name for f in tiles.files)}): correct their masks, "
             f"leave them out, or choose another val_fraction than {self.val_fraction}")
     for name, tiles in self._targets.items():
+        if name not in self.labelled:
+            found.append(f"target {name!r} has no labelled pixel: it is left out of the scores and of the record")
+            continue
         seen = [tiles.looks[f].labelled for f in tiles.files if f in tiles.looks]
-        if name not in self.labelled: found.append(f"target {name!r} has no labelled pixel: it is left out of the scores and of the record")
-        elif not tiles.entry and (hint := label_advice(tiles.label_values(), self.benchmark.label_map)): found.append(f"target {name!r}: {hint}")
-        if name in self.labelled and seen and not any(seen): raise ValueError(f"target {name!r}: all labelled pixels are nodata in the images: correct masks or nodata")
+        if not tiles.entry and (hint := label_advice(tiles.label_values(), self.benchmark.label_map)): found.append(f"target {name!r}: {hint}")
+        if seen and not any(seen): raise ValueError(f"target {name!r}: all labelled pixels are nodata in the images: correct masks or nodata")
     return labels, found
 
 # %% ../nbs/05_datasets.ipynb #a94123b4
@@ -870,15 +871,15 @@ def look_for_leaks(self: DomainDataModule) -> list[str]: # findings; a copy of t
 @patch
 def look_at_numbers(self: DomainDataModule) -> tuple[dict, list[str]]: # domain -> first-batch report; findings
     "First batches of the training images and of every target."
-    name, reports, found = self.benchmark.source.name, {}, []
+    source, found = f"source {self.benchmark.source.name!r}", []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        reports[name] = first_batch_report(self.source_train, about=f"source {name!r}")
+        own = first_batch_report(self.source_train, about=source)
+        reports = {self.benchmark.source.name: own}
         for name, tiles in self.targets.items():
             reports[name] = first_batch_report(tiles, about=f"target {name!r}")
-            source = reports[self.benchmark.source.name]
-            found += [f"target {name!r}: {text}" for text in lifted(reports[name], source)]
-            found += [f"source {self.benchmark.source.name!r}: {text}" for text in lifted(source, reports[name], f"those of target {name!r}")]
+            found += [f"target {name!r}: {text}" for text in lifted(reports[name], own)]
+            found += [f"{source}: {text}" for text in lifted(own, reports[name], f"those of target {name!r}")]
     return reports, [str(w.message) for w in caught] + found
 
 # %% ../nbs/05_datasets.ipynb #f938cf00

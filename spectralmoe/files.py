@@ -144,11 +144,9 @@ def file_sha256(
     path: str | Path, # a file of any size, read in pieces
 ) -> str: # 64 hexadecimal digits
     "Hash of a file's bytes."
-    with Path(path).open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-def _sha256(file): # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    for piece in iter(lambda: file.read(2**20), b""): digest.update(piece)
+    digest = hashlib.sha256() # not hashlib.file_digest, which Python 3.10 lacks
+    with Path(path).open("rb") as file:
+        for piece in iter(lambda: file.read(2**20), b""): digest.update(piece)
     return digest.hexdigest()
 
 def digest(

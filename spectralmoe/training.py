@@ -397,6 +397,7 @@ def validate(self: RunMonitor,
     self.book.validation.append(score)
     if self.book.best is None or score["miou"] > self.book.best["miou"]:
         self.book.best = {"step": step, "miou": score["miou"]}
+        if self.folder is None: return
         weights = self.book.best | {"state_dict": task.state_dict()}
         AtomicCheckpoints().save_checkpoint(weights, self.folder / "best.ckpt")
 

@@ -359,6 +359,7 @@ class ImageLook(NamedTuple):
     lost: dict[str, int] # band -> pixels that are nothing in this band and in no other
     empty: tuple[str, ...] # bands without any value
     doubts: tuple[str, ...] # sentences for a person, without the path
+    kind: str # type of the numbers in the file, "uint16"
 
 def look_at_image(
     path: str | Path, # an image
@@ -390,7 +391,7 @@ def look_at_image(
         doubts = [f"bands {few(empty)} are nodata everywhere"] * bool(empty)
         doubts += _fill(source, header, names, far) if far else _border(sample, low, high, pixels) if n > 1 else []
         doubts += _opaque(source, header, (0, 0, min(512, source.height), min(512, source.width)))
-    return ImageLook(header.size, valid, dict(zip(names, alone.tolist())), empty, tuple(doubts))
+        return ImageLook(header.size, valid, dict(zip(names, alone.tolist())), empty, tuple(doubts), source.dtypes[0])
 
 # %% ../../nbs/reading/01_rasters.ipynb #bb29f262
 def _fill(source, header, names, far):
