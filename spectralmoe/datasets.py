@@ -35,10 +35,11 @@ from .files import few, file_sha256, read_csv
 from .pictures import draw_legend, paint, stretch
 from .reading.checks import (check_classes, ground_of, lifted, lost_to_bands, on_same_ground, uneven_split, unlike_others, unlike_sensor,
                                         unlike_statistics)
+from .reading.domains import Way, list_domain, ways
+from .reading.labels import check_labels, count_file_labels, in_file, read_labels
 from .reading.listing import TileFile, list_files
 from .reading.manifest import noted, verify_folder
-from .reading.masks import (check_label_map, check_same_ground, count_labels, label_advice, label_codes, read_mask, show_value, to_classes,
-                                       unlisted_values)
+from .reading.masks import (check_label_map, label_advice, label_codes, read_mask, show_value, to_classes, unlisted_values)
 from .reading.rasters import (Raster, _read, look_at_image, open_raster, read_header, read_image, sensor_of_file, shifted,
                                          warn_together)
 from .tasks import IGNORE, Benchmark, Domain
@@ -56,27 +57,34 @@ class Reader:
         label_map: Mapping, # file value or (r, g, b) -> class
         cache_mib: float = 512, # keep decoded tiles up to this size, MiB
         shapes: dict[Path, tuple[int, int]] | None = None, # image -> height and width, where they are known; others are added
+        ways: Mapping[str, Way] | None = None, # region -> how its images are read; None: all by `sensor` and `bands`
     ):
-        self.files, self.sensor, self.bands, self.label_map = files, sensor, bands, label_map
+        self.files, self.sensor, self.bands, self.label_map, self.ways = files, sensor, bands, label_map, ways or {}
         self.cache_mib, self.shapes = cache_mib, {} if shapes is None else shapes
         self.kept, self.free = {}, cache_mib * 2**20
 
     def __getstate__(self): return vars(self) | {"kept": {}, "free": self.cache_mib * 2**20}
 
+    def way(self, index: int) -> Way: # sensor and bands of its region
+        "How a tile is read."
+        return self.ways.get(self.files[index].region) or Way(self.sensor, self.bands)
+
     def look_up(self, indices: Sequence[int]) -> None: # warns once of each doubt
         "Reads headers that were not read before; they have to hold the bands, and the masks the same pixels."
         doubts = {}
-        for file in (self.files[i] for i in indices):
+        for i in indices:
+            file, way = self.files[i], self.way(i)
             if file.image in self.shapes: continue
-            header = read_header(file.image, self.sensor, self.bands, file.bands)
-            if file.mask is not None: check_same_ground(file.image, file.mask)
-            self.shapes[file.image], doubts[file.image] = header.size, header.doubts
+            header = read_header(file.image, way.sensor, way.needed(), file.bands)
+            done = check_labels(file) if file.mask is not None else ()
+            self.shapes[file.image], doubts[file.image] = header.size, (*header.doubts, *done)
         warn_together(doubts)
 
     def shape(self, index: int) -> tuple[int, int]: # height and width, pixels
         "Size of a tile."
-        if self.files[index].image not in self.shapes: self.look_up([index])
-        return self.shapes[self.files[index].image]
+        file = self.files[index]
+        if file.image not in self.shapes: self.look_up([index])
+        return file.window[2:] if file.window else self.shapes[file.image]
 
     def strips(self, index: int) -> list[tuple[int, int, int, int]]: # row, column, height, width
         "Windows of whole rows that cover a tile, 2^22 values each unless that would cut blocks of 512 rows."
@@ -88,9 +96,9 @@ class Reader:
     def decode(self, index: int, window: tuple[int, int, int, int] | None = None) -> Raster: # with its label
         "A tile, or a window of it (row, column, height, width), from the file."
         file = self.files[index]
-        raster = read_image(file.image, self.sensor, self.bands, file.bands, window, quiet=True)
+        raster = self.way(index).read(file, in_file(file, window))
         label = np.full(raster.image.shape[1:], IGNORE, "uint8")
-        if file.mask is not None: label = to_classes(read_mask(file.mask, window), self.label_map, file.mask)
+        if file.mask is not None: label = to_classes(read_labels(file, window), self.label_map, file.mask)
         label[np.isnan(raster.image[0])] = IGNORE
         return raster._replace(label=label)
 
@@ -132,6 +140,7 @@ class Statistics:
     mean: tuple[float, ...] # per band
     std: tuple[float, ...] # per band, above 0
     pixels: int = 0 # valid pixels they were fitted on
+    normalise: str = "" # "l2": of spectra that were brought to length 1 first
 
     def __post_init__(self):
         for k in ("bands", "mean", "std"): object.__setattr__(self, k, tuple(getattr(self, k)))
@@ -143,6 +152,7 @@ class Statistics:
     @classmethod
     def fit(cls,
         tiles: "SegmentationTiles", # training tiles of a source
+        normalise: str = "", # "l2": bring every spectrum to length 1 first
     ) -> "Statistics":
         "Stream over all valid pixels of a source."
         if tiles.role != "source": raise ValueError(
@@ -151,23 +161,25 @@ class Statistics:
         count, total, square = 0, 0.0, 0.0
         for image in (part.image for i in range(len(tiles)) for part in tiles.reader.parts(i)):
             values = image[:, np.isfinite(image).all(0)].astype("float64")
+            if normalise: values /= np.maximum(np.linalg.norm(values, axis=0), 1e-12)
             count, total = count + values.shape[1], total + values.sum(1)
             square = square + (values**2).sum(1)
         if not count: raise ValueError(tiles.no_pixel())
         mean = total / count
         variance = square / count - mean**2
-        return cls(tiles.bands, mean.tolist(), np.sqrt(variance * (variance > 1e-12 * mean**2)).tolist(), count)
+        return cls(tiles.bands, mean.tolist(), np.sqrt(variance * (variance > 1e-12 * mean**2)).tolist(), count, normalise)
 
     def standardise(self,
         image: Tensor, # (..., bands, h, w) physical units, bands as in `bands`
     ) -> Tensor: # same shape, about 0 with spread about 1
         "Shift and divide every band."
+        if self.normalise: image = image / image.norm(dim=-3, keepdim=True).clamp_min(1e-12)
         mean, std = image.new_tensor([self.mean, self.std])[..., None, None]
         return (image - mean) / std
 
     def to_dict(self) -> dict: # bands, mean, std, pixels: JSON types only
         "As a dictionary."
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != "normalise" or v}
 
     @classmethod
     def from_dict(cls,
@@ -210,24 +222,27 @@ class SegmentationTiles(Dataset):
         bands_column: str | None = "bands", # csv column with each file's bands, "B4|B3|B2"
         statistics: Statistics | None = None, # standardise with these; None: physical units
         cache_mib: float = 512, # keep decoded tiles up to this size, MiB
+        files: Sequence[TileFile] | None = None, # listed before (`list_domain`); None: as the folders have them
+        ways: Mapping[str, Way] | None = None, # region -> how its images are read; None: all by `sensor` and `bands`
     ):
         if role not in ("source", "target"): raise ValueError(f"role={role!r}; expected 'source' or 'target'")
         self.label_map, self.classes = self.meaning(label_map, classes, masks)
         n = len(self.classes)
         self.palette = tuple(palette) or tuple(tuple(round(255 * v) for v in hsv_to_rgb(i / n, 0.65, 0.85)) for i in range(n))
-        files = list_files(images, masks, names, where, bands_column)
+        files = files or list_files(images, masks, names, where, bands_column)
         self.role, self.sensor = role, named_sensor(files[0]) if sensor is None else as_sensor(sensor)
         self.bands = tuple(bands or self.sensor.names)
         match_bands(self.sensor, self.bands)
-        self.reader = Reader(files, self.sensor, self.bands, self.label_map, cache_mib)
+        self.reader = Reader(files, self.sensor, self.bands, self.label_map, cache_mib, ways=ways)
         self.statistics = statistics
         self.looks = {} # file -> `Look`, shared by parts of the same tiles
+        self.images = {} # image that is cut into blocks -> what was found in it
         self.standardised(statistics)
 
     def __len__(self): return len(self.files)
     def __getitem__(self, index): return self.item(index)
     def __repr__(self): return f"{len(self)} {self.role} tiles, {self.sensor.name}: {few(self.bands)}"
-    def __getstate__(self): return vars(self) | {"looks": {}, "rows": None} # what a worker process gets
+    def __getstate__(self): return vars(self) | {"looks": {}, "images": {}, "rows": None} # what a worker process gets
 
     def changed(self,
         **fields, # reader, statistics, entry, rows
@@ -244,8 +259,11 @@ class SegmentationTiles(Dataset):
         **options, # role, statistics, cache_mib
     ) -> "SegmentationTiles":
         "The tiles of one domain of a benchmark."
-        tiles = cls(domain.images, domain.masks, domain.names, task.label_map, domain.fed_sensor, task.bands, task.classes,
+        first, own = (domain.regions or (domain,))[0], domain.layout is not None or bool(domain.regions)
+        if own: options |= dict(files=list_domain(domain), ways=ways(domain, task.bands))
+        tiles = cls(domain.images, domain.masks, domain.names, task.label_map, first.fed_sensor, task.bands, task.classes,
                     task.palette, where=domain.where, bands_column=domain.bands_column, **options)
+        if own: return tiles
         said, folder = noted(domain.images), Path(domain.images).parent
         if said and not domain.where and (domain.masks, domain.names) == (folder / "masks", folder / "index.csv"):
             tiles.entry, rows = said[1], {row["image"]: row for row in read_csv(domain.names)}
@@ -329,7 +347,7 @@ def subset(self: SegmentationTiles,
     indices: Sequence[int], # numbers of the tiles to keep
 ) -> SegmentationTiles:
     "The same data with fewer tiles."
-    reader = Reader([self.files[i] for i in indices], self.sensor, self.bands, self.label_map, self.reader.cache_mib, self.reader.shapes)
+    reader = Reader([self.files[i] for i in indices], self.sensor, self.bands, self.label_map, self.reader.cache_mib, self.reader.shapes, self.reader.ways)
     return self.changed(reader=reader, entry=None, rows=self.rows and [self.rows[i] for i in indices])
 
 @patch
@@ -355,7 +373,7 @@ def label_table(self: SegmentationTiles,
     meaning = dict(zip(keys.tolist(), names))
     unknown = {v: n for v, n in found.items() if v not in meaning}
     if unknown:
-        held = lambda f: self.looks[f].values if f in self.looks else count_labels(f.mask)
+        held = lambda f: self.looks[f].values if f in self.looks else count_file_labels(f)
         where = [f.mask.name for f in self.files if f.mask and not self.entry and unknown.keys() & held(f).keys()]
         some = f"{few(where, 3)} ({len(where)} of {len(self)} masks)" if where else f"{len(self)} masks"
         raise unlisted_values(f"{some} in {self.files[0].mask.parent}", unknown, keys)
@@ -369,7 +387,7 @@ def label_values(self: SegmentationTiles) -> dict[int, int]: # value in the mask
         raise ValueError(f"{self.files[0].image.parent}: no masks were given, nothing to count")
     if self.entry: return {int(v): n for v, n in self.entry["labels"].items()}
     found = Counter()
-    for file in self.files: found.update(self.looks[file].values if file in self.looks else count_labels(file.mask))
+    for file in self.files: found.update(self.looks[file].values if file in self.looks else count_file_labels(file))
     return dict(found)
 
 @patch
@@ -383,7 +401,7 @@ def is_labelled(self: SegmentationTiles) -> bool:
     keys, classes = label_codes(self.label_map)
     ignored = set(keys[classes == IGNORE].tolist())
     if self.entry: return any(n for v, n in self.entry["labels"].items() if int(v) not in ignored)
-    return any(set(count_labels(f.mask)) - ignored for f in self.files if f.mask is not None)
+    return any(set(count_file_labels(f)) - ignored for f in self.files if f.mask is not None)
 
 # %% ../nbs/05_datasets.ipynb #8cd3adef
 class Look(NamedTuple):
@@ -407,8 +425,9 @@ def look(self: SegmentationTiles,
     shape, (keys, classes) = self.reader.shape(index), label_codes(self.label_map)
     content, values, low, high = hashlib.blake2b(repr(shape).encode()), Counter(), np.inf, -np.inf
     pixels = labelled = total = 0
+    way = self.reader.way(index)
     for strip in self.reader.strips(index):
-        part = read_image(file.image, self.sensor, self.bands, file.bands, strip, quiet=True)
+        part = way.read(file, in_file(file, strip))
         content.update(np.ascontiguousarray(part.image))
         valid = ~np.isnan(part.image[0])
         pixels += int(valid.sum())
@@ -416,10 +435,11 @@ def look(self: SegmentationTiles,
         if valid.any(): low, high = np.minimum(low, part.image[:, valid].min(1)), np.maximum(high, part.image[:, valid].max(1))
         if strip[0] == 0: ground = ground_of(part.transform, part.crs, shape)
         if file.mask is None: continue
-        mask = read_mask(file.mask, strip)
+        mask = read_labels(file, strip)
         for value, n in zip(*np.unique(mask, return_counts=True)): values[int(value)] += int(n)
         labelled += int((valid & ~np.isin(mask, keys[classes == IGNORE])).sum())
-    image = look_at_image(file.image, self.sensor, self.bands, file.bands)
+    image = self.images.get(file.image) or look_at_image(file.image, way.sensor, way.needed(), file.bands)
+    if file.window: self.images[file.image] = image
     self.looks[file] = Look(content.hexdigest() if np.any(high > low) else "", dict(values), pixels, labelled, ground, image.doubts,
                             total / (pixels * len(self.bands)) if pixels else float("nan"), image.kind)
     return self.looks[file]
@@ -455,8 +475,11 @@ def copies_in(self: SegmentationTiles,
 @patch
 def fingerprint(self: SegmentationTiles) -> str: # 64 hexadecimal digits
     "SHA-256 over names, sizes and contents of all images and masks."
-    digest = hashlib.sha256()
-    for path in (p for f in self.files for p in (f.image, f.mask) if p is not None):
+    digest, read = hashlib.sha256(), set()
+    for file, path in ((f, p) for f in self.files for p in (*(f.parts or (f.image,)), f.mask) if p is not None):
+        if file.window: digest.update(repr(file.window).encode())
+        if path in read and (file.window or file.shapes or file.warp): continue # one file of many tiles
+        read.add(path)
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             while piece := file.read(2**20): digest.update(piece)
@@ -577,6 +600,7 @@ class StepBatches(Sampler):
         micro_batch: int | None = None, # samples per forward pass; None: all of a step
         start: int = 0, # first step
         seed: int = 0, # same seed, same batches
+        regions: Sequence[int] | None = None, # number of the region of every tile: each gives as many samples; None: all tiles as often
     ):
         micro = batch_size if micro_batch is None else micro_batch
         if min(n, batch_size, micro) < 1 or batch_size % micro: raise ValueError(
@@ -584,6 +608,7 @@ class StepBatches(Sampler):
             "more and a micro_batch that divides batch_size")
         self.n, self.batch_size, self.micro, self.steps = n, batch_size, micro, steps
         self.start, self.seed = start, seed
+        self.regions = [np.flatnonzero(np.array(regions) == r).tolist() for r in sorted(set(regions))] if regions is not None else []
 
     def __len__(self): return (self.steps - self.start) * (self.batch_size // self.micro)
 
@@ -600,7 +625,20 @@ class StepBatches(Sampler):
         order = cache(lambda epoch: chance(0, epoch).permutation(self.n).tolist())
         samples = range(step * self.batch_size, (step + 1) * self.batch_size)
         draw = lambda s: int(chance(1, s).integers(2**62))
+        if len(self.regions) > 1: return [(self.in_turn(s, chance), draw(s)) for s in samples]
         return [(order(s // self.n)[s % self.n], draw(s)) for s in samples]
+
+# %% ../nbs/05_datasets.ipynb #e2d85057
+@patch
+def in_turn(self: StepBatches,
+    sample: int, # number of a sample, from 0
+    chance: Callable, # key -> generator
+) -> int: # tile
+    "The tile of a sample, where regions take turns; each is gone through in an order of its own."
+    tiles = self.regions[sample % len(self.regions)]
+    turn = sample // len(self.regions)
+    order = chance(2, sample % len(self.regions), turn // len(tiles)).permutation(len(tiles))
+    return tiles[order[turn % len(tiles)]]
 
 # %% ../nbs/05_datasets.ipynb #8e7917e6
 @patch
@@ -615,10 +653,10 @@ def sample(self: SegmentationTiles,
     for index, window in [places[k] for k in sorted({k * len(places) // n for k in range(n)})]:
         file, whole = self.files[index], window[2:] == self.reader.shape(index)
         image = (self.reader.read if whole else self.reader.decode)(index, window).image
-        nothing = np.zeros(image.shape, bool)
-        if np.isnan(image[0]).any(): # because of which bands?
-            header = read_header(file.image, self.sensor, self.bands, file.bands)
-            with open_raster(file.image) as raster: nothing = _read(raster, header, window)[1]
+        nothing, way = np.isnan(image), self.reader.way(index)
+        if nothing[0].any() and not way.mix: # because of which bands?
+            header = read_header(file.image, way.sensor, way.bands, file.bands)
+            with open_raster(file.image) as raster: nothing = _read(raster, header, in_file(file, window))[1]
         holes.append(nothing.reshape(len(self.bands), -1))
         images.append(image.reshape(len(self.bands), -1))
     image = torch.from_numpy(np.concatenate(images, 1))
@@ -654,7 +692,11 @@ def first_batch_report(
     top, nodata = values.amax(1, keepdim=True), 1 - valid.double().mean().item()
     table = pd.DataFrame(dict(min=values.amin(1), low=np.percentile(values.numpy(), 1, axis=1), mean=values.mean(1), max=top[:, 0], std=values.std(1),
                               nodata=nodata, band_nodata=list(alone.values()) or nodata, clipped=(values == top).double().mean(1)), names)
-    odd = unlike_statistics(table, statistics.mean, statistics.std) if statistics else []
+    judged = table
+    if statistics and statistics.normalise: # spectra of length 1, as the statistics are
+        values = values / values.norm(dim=0, keepdim=True).clamp_min(1e-12)
+        judged = pd.DataFrame({"mean": values.mean(1), "std": values.std(1)}, names)
+    odd = unlike_statistics(judged, statistics.mean, statistics.std) if statistics else []
     odd += unlike_sensor(table, sensor) if sensor else []
     if odd: warnings.warn(f"{about} looks wrong: {'; '.join(odd)}. Scaled twice, or from another product? Check scale and offset of "
                           "the bands", stacklevel=2)
@@ -739,8 +781,8 @@ class DomainDataModule(LightningDataModule):
         self.source = read(task.source)
         self._targets = {d.name: read(d, role="target") for d in task.targets}
         self.refuse_same_files()
-        names, scenes = ([getattr(f, k) for f in self.source.files] for k in ("name", "scene"))
-        train, self.held = split_by_name(names, val_fraction, scenes)
+        names = [f.name for f in self.source.files]
+        train, self.held = self.split_source()
         first = take_first([names[i] for i in train], self.benchmark.train_tiles)
         self._train, self._val = self.source.subset([train[i] for i in first]), self.source.subset(self.held)
 
@@ -748,7 +790,11 @@ class DomainDataModule(LightningDataModule):
     def statistics(self) -> Statistics: # in physical units
         "Those given, else the benchmark's, else fitted on the training images."
         said = self.benchmark.statistics
-        return self._given or (Statistics.from_dict(said) if said else Statistics.fit(self._train))
+        found = self._given or (Statistics.from_dict(said) if said else Statistics.fit(self._train, self.benchmark.normalise))
+        if found.normalise != self.benchmark.normalise: raise ValueError(
+            f"statistics with normalise={found.normalise!r}, benchmark {self.benchmark.name!r} with normalise={self.benchmark.normalise!r}; expected the same: "
+            "take the statistics of a model that was trained on such data, or set `normalise` of the task as there")
+        return found
 
     @cached_property
     def labelled(self) -> list[str]: # names of domains
@@ -784,10 +830,34 @@ def refuse_same_files(self: DomainDataModule) -> None: # raises ValueError
     ours = {f.image.resolve() for f in self.source.files}
     for name, tiles in self._targets.items():
         times = Counter(f.image.resolve() for f in tiles.files)
-        if twice := [path.name for path, n in times.items() if n > 1]:
+        if twice := [path.name for (path, _), n in Counter((f.image.resolve(), f.window) for f in tiles.files).items() if n > 1]:
             raise ValueError(f"target {name!r} lists {len(twice)} images more than once ({few(twice)}): list every image once")
         if shared := sorted(path.name for path in times if path in ours):
             raise ValueError(f"{len(shared)} images of target {name!r} are source images as well ({few(shared)}): a target must hold other images")
+
+# %% ../nbs/05_datasets.ipynb #1856b875
+@patch
+def split_source(self: DomainDataModule) -> tuple[list[int], list[int]]: # positions to train on, positions held out
+    "The source divided as its files say, else by name, every region by itself."
+    files, found = self.source.files, ([], [])
+    for region in dict.fromkeys(f.region for f in files):
+        at = [i for i, f in enumerate(files) if f.region == region]
+        where = f"the source{f', region {region!r},' if region else ''}"
+        if not any(files[i].split for i in at):
+            try: parts = split_by_name([files[i].name for i in at], self.val_fraction, [files[i].scene for i in at])
+            except ValueError as error: raise ValueError(f"{where} cannot be divided: {error}; or cut its images into blocks of ground (blocks = 512)") from None
+        else: parts = [[k for k, i in enumerate(at) if files[i].split == name] for name in ("train", "val")]
+        for name, part, into in zip(("train", "val"), parts, found):
+            if not part: raise ValueError(f"{where} has no image for {name} ({len(at)} images); expected one or more in each part: correct `split` or `held`")
+            into.extend(at[k] for k in part)
+    return found
+
+@patch
+def validation_regions(self: DomainDataModule) -> dict[str, SegmentationTiles]: # region -> its held-out tiles, standardised; {}: the source is one
+    "The held-out part of every region."
+    regions = [f.region for f in self.source_val.files]
+    names = dict.fromkeys(regions) if len(set(regions)) > 1 else {}
+    return {name: self.source_val.subset([i for i, r in enumerate(regions) if r == name]) for name in names}
 
 # %% ../nbs/05_datasets.ipynb #77356c54
 @patch
@@ -838,7 +908,7 @@ def look_at_labels(self: DomainDataModule) -> tuple[dict, list[str]]: # labelled
             found.append(f"target {name!r} has no labelled pixel: it is left out of the scores and of the record")
             continue
         seen = [tiles.looks[f].labelled for f in tiles.files if f in tiles.looks]
-        if not tiles.entry and (hint := label_advice(tiles.label_values(), self.benchmark.label_map)): found.append(f"target {name!r}: {hint}")
+        if not tiles.entry and tiles.files[0].mask and (hint := label_advice(tiles.label_values(), self.benchmark.label_map)): found.append(f"target {name!r}: {hint}")
         if seen and not any(seen): raise ValueError(f"target {name!r}: all labelled pixels are nodata in the images: correct masks or nodata")
     return labels, found
 
@@ -865,6 +935,7 @@ def look_for_leaks(self: DomainDataModule) -> list[str]: # findings; a copy of t
     if not any(f.scene for f in self.source.files) and (at := on_same_ground(ground(self._train), ground(self._val), least=0)): found.append(
         f"{len(at)} of {len(self._val)} validation images touch or overlap a training image ({few((self._val.files[i].name for i in at), 3)}): "
         "name what was cut together in a csv column `group`, which is held out as a whole")
+    if any(f.split for f in self.source.files): return found # somebody's own division
     return found + uneven_split([f.scene for f in self.source.files], self.held, self.val_fraction)
 
 # %% ../nbs/05_datasets.ipynb #039d0e8b
@@ -910,7 +981,8 @@ def train_dataloader(self: DomainDataModule) -> DataLoader: # micro-batches
     if self.steps and asked > self.steps: raise ValueError(
         f"the trainer takes max_steps={asked}, the data have steps={self.steps}: give one")
     steps = asked if asked > 0 else self.steps or self.benchmark.steps
-    keys = StepBatches(len(self.source_train), self.batch_size, steps, self.micro_batch, start, self.seed)
+    regions = [f.region for f in self.source_train.files]
+    keys = StepBatches(len(self.source_train), self.batch_size, steps, self.micro_batch, start, self.seed, regions if len(set(regions)) > 1 else None)
     return DataLoader(self.source_train.crops(self.crop, self.augment), collate_fn=collate, num_workers=self.num_workers, batch_sampler=keys)
 
 @patch

@@ -22,7 +22,7 @@ from functools import cache
 from numbers import Real
 from pathlib import Path
 
-from .benchmarks import BENCHMARKS, SHIFTS, Benchmark, benchmark as find_benchmark
+from .benchmarks import BENCHMARKS, SHIFTS, Benchmark, benchmark as find_benchmark, is_task_file
 from .files import digest, few, nearest, now, only_one
 from .pictures import draw_legend, paint, stretch
 from .reporting.records import RunRecord, finished, plain, recording
@@ -97,7 +97,11 @@ def check_setting(
     def refuse(found, expected): raise ValueError(f"{name}={repr(value)[:200]}: found {found!r}, expected {expected}")
     known, listed = choices(name), isinstance(value, (list, tuple))
     entries = list(value.values()) if isinstance(value, Mapping) else list(value) if listed else [value]
+    files = name in ("benchmark", "benchmarks")
     for word in value if name == "lrs" else entries if known else ():
+        if files and is_task_file(word):
+            if not Path(word).expanduser().is_file(): refuse(str(word), f"the path of a task file; there is none at {Path(word).expanduser().absolute()}")
+            continue
         if word not in known: refuse(word, f"one of {few(known)}. {nearest(word, known).partition('There are')[0]}".strip())
     least, most = RANGES.get(name, (-math.inf, math.inf))
     for v in [v for v in entries if v is not None and (name in RANGES or isinstance(v, float))]:
@@ -178,7 +182,7 @@ def planned(
     wanted = {"vfm": p.vfm if kind.backbone and not kind.random else None, "dfm": p.dfm if kind.adapter else None}
     config = dict(profile=replace(p, steps=steps, lr=lr).hashed(), steps=steps, lr=lr, weight_decay=task.weight_decay, power=task.power,
                   adapter={**p.adapter, **kind.fields, **(overrides or {})} if kind.adapter else {}, **sizes,
-                  labels=digest(plain([task.classes, task.label_map, task.bands, task.rgb])),
+                  labels=digest(plain([task.classes, task.label_map, task.bands, task.rgb])), **({"reading": digest(task.reading)} if task.reading else {}),
                   weights={k: weights_hash(k, json.dumps(spec, sort_keys=True)) for k, spec in wanted.items() if spec})
     return RunRecord(experiment, task.name, method, seed, parameters or {}, data=_fingerprints(task, opened), config=config)
 
@@ -296,6 +300,9 @@ def score_domains(
     for name, loader in {"source": module.val_dataloader(), **{t: targets[t] for t in targets if t in module.labelled}}.items():
         try: found[name] = evaluate(model, loader, module.benchmark.classes, precision).to_dict()
         except (ValueError, OSError) as error: raise type(error)(f"{module.benchmark.name}, domain {name!r} was not scored: {error}") from error
+    for name, tiles in module.validation_regions().items():
+        scores = evaluate(model, module.window_loader(tiles), module.benchmark.classes, precision)
+        found["source"].setdefault("regions", {})[name] = scores.to_dict()
     return found
 
 # %% ../nbs/30_runs.ipynb #b3f16562

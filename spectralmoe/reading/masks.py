@@ -27,8 +27,9 @@ def read_mask(
     "Read a mask as it is; NaN becomes `NOTHING`."
     with open_raster(path) as source: return _values(source, path, window)
 
-def _values(source, path, window):
-    values = source.read(window=_area(window))
+def _values(source, path, window): return _coded(source.read(window=_area(window)), path)
+
+def _coded(values, path):
     with np.errstate(invalid="ignore"): whole = values.astype("int64")
     if values.dtype.kind == "f": whole[np.isnan(values)] = NOTHING
     fits = values.dtype.kind != "f" or ((whole == values) | (whole == NOTHING)).all()
