@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RANGES', 'FUNCTIONAL', 'Profile', 'choices', 'check_setting', 'choose_profile', 'load_data', 'planned',
            'weights_hash', 'run_folder', 'run_method', 'score_domains', 'functional_test', 'grid_cells', 'cell_names',
-           'run_cell', 'lost_cell', 'in_turn', 'in_processes', 'run_grid', 'predict_tile', 'plot_predictions']
+           'run_cell', 'lost_cell', 'in_turn', 'in_processes', 'run_grid', 'predict_tile', 'predict_unlabelled',
+           'plot_predictions']
 
 # %% ../nbs/30_runs.ipynb #ecf956af
 import json
@@ -86,7 +87,7 @@ def choices(
         from spectralmoe.segmentor import METHODS
         return [*METHODS, *(["oracle"] if name in ("methods", "bases") else [])]
     return {"profile": list(PROFILES), "benchmark": list(BENCHMARKS), "benchmarks": list(BENCHMARKS), "factors": list(SHIFTS),
-            "precision": ["32-true", "bf16-mixed"]}.get(name)
+            "precision": ["32-true", "bf16-mixed"], "inflate": ["", "cyclic", "rgb_kept", "cyclic_scaled", "by_wavelength"]}.get(name)
 
 # %% ../nbs/30_runs.ipynb #ae7c0640
 def check_setting(
@@ -120,6 +121,7 @@ def choose_profile(
     profile: str | Profile, # key of `PROFILES`, or your own
     vfm_weights: str | None = None, # folder or hub id; None or "": as the profile says
     dfm_weights: str | None = None, # folder or hub id
+    inflate: str | None = None, # patch kernels of further bands, see `load_vfm`; None or "": as the profile says
     **changes, # other fields; None, 0 and "" leave the profile's value
 ) -> Profile:
     "A profile, with some of its fields changed, if a run can use it."
@@ -130,6 +132,7 @@ def choose_profile(
     p = replace(p, **{k: v for k, v in changes.items() if isinstance(v, Mapping) or v not in (None, 0, "")})
     given = lambda spec, weights: {**spec, "weights": weights} if weights else spec
     p = replace(p, vfm=given(p.vfm, vfm_weights), dfm=given(p.dfm, dfm_weights))
+    if inflate: p = replace(p, vfm={**p.vfm, "inflate": check_setting("inflate", inflate)})
     for name in ("crop", "batch_size", "steps", "precision", "val_fraction"):
         if getattr(p, name) is not None: check_setting(name, getattr(p, name))
     rates = p.lr if isinstance(p.lr, Mapping) else {"": p.lr}
@@ -270,6 +273,7 @@ def _run(record, module, p, folder, progress):
             result = fit(model, module, steps, home, lr=c["lr"], weight_decay=c["weight_decay"], power=c["power"], precision=p.precision,
                          checkpoint_every=max(steps // 4, 1), seed=record.seed, progress=progress, log_every=max(steps // 10, 1))
             model.save_pretrained(home / "model")
+            for name, maps in predict_unlabelled(model, module, home / "maps").items(): print(f"target {name!r} has no labels: {len(maps)} maps in {home / 'maps' / name}", flush=True)
             images = next(iter(module.val_dataloader()))["image"].to(next(model.parameters()).device)
             record.metrics, record.peak_memory = score_domains(model, module, p.precision), result.peak_memory
             record.metrics["source"] |= dict(images_per_second=result.images_per_second, trained=int(model.summary().trained["total"]),
@@ -493,6 +497,33 @@ def predict_tile(
         part = part[new_row - row:height - row, new_col - col:width - col]
         classes[new_row:new_row + part.shape[0], new_col:new_col + part.shape[1]] = part
     return classes
+
+# %% ../nbs/30_runs.ipynb #b5a27b44
+def predict_unlabelled(
+    model, # a Segmentor
+    module: "DomainDataModule", # of its benchmark
+    folder: str | Path, # receives a folder per target
+) -> dict[str, list[Path]]: # target -> maps, in the order of its tiles; {} where all targets have masks, or the task is one of the package
+    "Maps of the targets that nobody has labelled."
+    import numpy as np
+    import rasterio
+    from spectralmoe.files import replacing
+    task, found = module.benchmark, {}
+    colours = {i: tuple(c) for i, c in enumerate(task.palette)}
+    for name in [d.name for d in task.targets if d.layout and d.masks is None and not d.layout.mask_pattern]:
+        tiles, found[name] = module.targets[name], []
+        for i, file in enumerate(tiles.files):
+            classes, whole = predict_tile(model, tiles, i, module.crop).astype("uint8"), tiles.reader.read(i)
+            classes[np.isnan(whole.image[0])] = 255
+            how = dict(crs=whole.crs or None, transform=rasterio.Affine(*whole.transform[:6]), nodata=255, compress="deflate")
+            found[name].append(path := Path(folder) / name / f"{file.name}.tif")
+            with replacing(path) as draft, warnings.catch_warnings():
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+                with rasterio.open(draft, "w", "GTiff", count=1, height=classes.shape[0], width=classes.shape[1], dtype="uint8", **how) as out:
+                    out.write(classes, 1)
+                    out.write_colormap(1, colours)
+                    out.set_band_description(1, ", ".join(f"{k} {c}" for k, c in enumerate(task.classes)))
+    return found
 
 # %% ../nbs/30_runs.ipynb #fe109163
 def plot_predictions(

@@ -193,6 +193,8 @@ def build(cls: Segmentor,
         if not isinstance(vfm, (str, dict)): raise ValueError(
             f"method {m.name!r} draws the weights of the backbone and got {vfm!r}: give a name or the arguments of `load_vfm`")
         vfm = {**({"name": vfm} if isinstance(vfm, str) else vfm), "weights": "random", "seed": seed}
+    if len(set(b.rgb)) < 3 and isinstance(vfm, (str, dict)): # no red, green and blue to keep
+        vfm = {"inflate": "by_wavelength", **({"name": vfm} if isinstance(vfm, str) else vfm)}
     vfm = own_backbone(vfm, load_vfm, m.tuned, in_bands=b.input_sensor) if m.backbone else None
     if vfm: check_input(vfm, b.input_sensor)
     settings = dict(head=head if m.backbone else "raw_conv", head_sizes=head_sizes or {}, seed=seed)
@@ -203,6 +205,7 @@ def build(cls: Segmentor,
     task = dict(name=b.name, classes=list(b.classes), palette=[list(c) for c in b.palette], bands=list(b.bands), rgb=list(b.rgb))
     depth_rgb = list(getattr(b, "depth_rgb", None) or b.rgb)
     if depth_rgb != task["rgb"]: task["depth_rgb"] = depth_rgb
+    if b.source.layout: task["sensor"] = b.source_sensor # a task that no registry knows
     return cls.assemble(task, m.name, vfm, dfm, config, settings, statistics)
 
 # %% ../nbs/16_segmentor.ipynb #2708b43e

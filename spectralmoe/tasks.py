@@ -268,6 +268,14 @@ def input_sensor(self: Benchmark) -> Sensor: # bands in the model's order, scale
     if self.wavelengths is None: return sensor
     return replace(sensor, bands=tuple(replace(b, center=w) for b, w in zip(sensor.bands, self.wavelengths)))
 
+# %% ../nbs/03_tasks.ipynb #741e8895
+@patch(as_prop=True)
+def source_sensor(self: Benchmark) -> dict: # JSON types only: fields of `Sensor`; and `mix` where the task's bands are made of several bands
+    "What the files of the source hold."
+    first = (self.source.regions or (self.source,))[0]
+    mixed = {"mix": [list(map(list, row)) for row in first.layout.mix.of]} if first.layout and first.layout.mix else {}
+    return json.loads(json.dumps(asdict(as_sensor(first.sensor)))) | mixed
+
 # %% ../nbs/03_tasks.ipynb #5573743f
 REAL = "real_" # before the name of a published task; the simulated one has the name alone
 

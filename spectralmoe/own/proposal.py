@@ -6,7 +6,7 @@
 __all__ = ['Proposal', 'propose_sensors', 'Found', 'look_around', 'count_values', 'count_attributes', 'group_by_ground',
            'propose_task', 'write_task_file']
 
-# %% ../../nbs/own/04_proposal.ipynb #6e622a6e
+# %% ../../nbs/own/04_proposal.ipynb #503c10c0
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ..reading.labels import grid_of
 from ..reading.listing import SUFFIXES, VECTORS
 from ..reading.masks import count_labels, show_value
 
-# %% ../../nbs/own/04_proposal.ipynb #7fb79495
+# %% ../../nbs/own/04_proposal.ipynb #e4679197
 class Proposal(NamedTuple):
     "A sensor that a file may come from."
     name: str # of `SENSORS`, or "tags"
@@ -45,9 +45,8 @@ def propose_sensors(
         each = [m[0] for m in meant if m and len(m) == 1]
         if len(named) == n == len(each) == len(set(each)):
             order = () if each == list(range(len(sensor))) else tuple(sensor.names[i] for i in each)
-            exact = sum(t.casefold() in (sensor.names[i].casefold(), sensor.bands[i].common) for t, i in zip(named, each))
-            found.append(Proposal(sensor.name, f"its descriptions {few(named, 5)} name bands of this sensor", exact == n and any(
-                t.casefold() == sensor.names[i].casefold() for t, i in zip(named, each)), order))
+            exact = all(t.strip() == sensor.names[i] for t, i in zip(named, each))
+            found.append(Proposal(sensor.name, f"its descriptions {few(named, 5)} {'name' if exact else 'can mean'} bands of this sensor", exact, order))
         elif len(sensor) == n and not found: found.append(Proposal(sensor.name, f"it has {n} bands as well{_coloured(tags, sensor)}", False))
     found.sort(key=lambda p: (not p.sure, len(p.file_bands) > 0))
     if sum(p.sure for p in found) > 1 and found[0].name != "tags": found = [p._replace(sure=False, reason=f"{p.reason}; so do others") for p in found]
@@ -61,7 +60,7 @@ def _coloured(tags, sensor):
     if shown[:3] == ["red", "green", "blue"]: return f", colour interpretation {few(shown)}" if order == shown[:3] else f", but its colour interpretation is {few(shown)}"
     return f", colour interpretation {few(shown)}"
 
-# %% ../../nbs/own/04_proposal.ipynb #abc9484d
+# %% ../../nbs/own/04_proposal.ipynb #e1e1941e
 _MASK = re.compile(r"(?i)(^|[_\-. ])(masks?|labels?|lbl|gt|truth|groundtruth|annotations?|annot|seg|classes|target_masks?)([_\-. ]|$)")
 
 @dataclass
@@ -114,7 +113,7 @@ def _pair(folder, home, images, masks):
 
 def _shared(a, b): return [x for x, y in zip(a.parts, b.parts) if x == y]
 
-# %% ../../nbs/own/04_proposal.ipynb #9cd79683
+# %% ../../nbs/own/04_proposal.ipynb #3a57f99b
 def count_values(
     files: Sequence[Path], # masks
     most: int = 50, # looked at
@@ -138,7 +137,7 @@ def count_attributes(
         if 1 <= len(counts) <= 64 and (len(counts) < len(values) or len(values) < 4): found[column] = dict(counts.most_common())
     return dict(sorted(found.items(), key=lambda item: (len(item[1]) < 2, len(item[1]))))
 
-# %% ../../nbs/own/04_proposal.ipynb #269d6274
+# %% ../../nbs/own/04_proposal.ipynb #2dd9c694
 def group_by_ground(
     images: Sequence[Path], # of a domain
     groups: int = 16, # about how many
@@ -149,11 +148,12 @@ def group_by_ground(
     touching = [i for i in range(1, len(images)) if on_same_ground(grounds[:i], [grounds[i]], least=0)]
     if len(touching) < len(images) / 4: return None
     x, y = ([(getattr(g, a) + getattr(g, b)) / 2 for g in grounds] for a, b in (("west", "east"), ("south", "north")))
-    span = max(max(x) - min(x), 1e-9) * max(max(y) - min(y), 1e-9)
-    side = max((span / groups) ** 0.5, *(g.east - g.west for g in grounds[:1]), max(max(x) - min(x), max(y) - min(y)) / groups)
-    return {image: f"ground_{int((a - min(x)) / side)}_{int((b - min(y)) / side)}" for image, a, b in zip(images, x, y)}
+    west, south = min(g.west for g in grounds), min(g.south for g in grounds)
+    wide, high = max(g.east for g in grounds) - west, max(g.north for g in grounds) - south
+    side = max((wide * high / groups) ** 0.5, grounds[0].east - grounds[0].west, max(wide, high) / groups)
+    return {image: f"ground_{int((a - west) / side)}_{int((b - south) / side)}" for image, a, b in zip(images, x, y)}
 
-# %% ../../nbs/own/04_proposal.ipynb #b52f8542
+# %% ../../nbs/own/04_proposal.ipynb #69cf8353
 def _quoted(text): return '"' + str(text).replace("\\", "/").replace('"', '\\"') + '"'
 
 def _list(values): return "[" + ", ".join(map(_quoted, values)) + "]"
