@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['damaged', 'grids', 'parts_of', 'labelled_pixels', 'thumbnails', 'look_alike', 'TaskCheck', 'check_task']
 
-# %% ../../nbs/own/03_check.ipynb #229fdb7e
+# %% ../../nbs/own/03_check.ipynb #b966dbc9
 import html
 import warnings
 from collections import Counter
@@ -21,21 +21,24 @@ from ..files import few
 from ..pictures import write_figure
 from ..reading.labels import grid_of
 from ..reading.masks import label_codes
+from ..reading.rasters import warn_together
 from ..tasks import IGNORE, Benchmark
 
-# %% ../../nbs/own/03_check.ipynb #349a71cf
+# %% ../../nbs/own/03_check.ipynb #8fa43d4e
 def damaged(
     tiles: SegmentationTiles, # of one domain
-) -> list[str]: # a sentence per image or mask that cannot be read or used
+) -> list[str]: # a sentence per image or mask that cannot be read or used; doubts about the others become warnings
     "Reads every tile and its labels."
-    found = []
-    for i in range(len(tiles)):
+    found, doubts = [], {}
+    for i, file in enumerate(tiles.files):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore") # doubts are gathered by the module
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
                 tiles.reader.shape(i)
                 tiles.look(i)
         except (OSError, ValueError) as error: found.append(str(error).partition("\n")[0])
+        doubts.setdefault(file.image, []).extend(str(w.message).removeprefix(f"{file.image}: ") for w in said)
+    warn_together(doubts)
     return list(dict.fromkeys(found))
 
 def grids(
@@ -61,7 +64,7 @@ def _short(wkt):
     crs = CRS.from_wkt(wkt)
     return f"EPSG:{crs.to_epsg()}" if crs.to_epsg() else wkt.split('"')[1]
 
-# %% ../../nbs/own/03_check.ipynb #a6bf8649
+# %% ../../nbs/own/03_check.ipynb #5aae78a8
 def parts_of(
     module: DomainDataModule, # of the task
 ) -> dict[str, SegmentationTiles]: # "source, train", "source, val" (by region where there are several), and every target
@@ -90,7 +93,7 @@ def labelled_pixels(
     table = pd.DataFrame(columns)
     return table if table.loc["(not listed)"].any() else table.drop("(not listed)")
 
-# %% ../../nbs/own/03_check.ipynb #875c1650
+# %% ../../nbs/own/03_check.ipynb #2b4184b7
 def thumbnails(
     tiles: SegmentationTiles, # that can be read
     at: Sequence[int], # numbers of the tiles
@@ -120,7 +123,7 @@ def look_alike(
     alike = a @ b.T
     return [(ours.files[free[0][i]].name, theirs.files[free[1][int(alike[i].argmax())]].name) for i in np.flatnonzero(alike.max(1) >= least)]
 
-# %% ../../nbs/own/03_check.ipynb #a5928978
+# %% ../../nbs/own/03_check.ipynb #0fdc85d8
 @dataclass(repr=False)
 class TaskCheck:
     "What was found in the data of a task."

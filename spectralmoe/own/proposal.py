@@ -6,7 +6,7 @@
 __all__ = ['Proposal', 'propose_sensors', 'Found', 'look_around', 'count_values', 'count_attributes', 'group_by_ground',
            'propose_task', 'write_task_file']
 
-# %% ../../nbs/own/04_proposal.ipynb #503c10c0
+# %% ../../nbs/own/04_proposal.ipynb #d6efc3fd
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ..reading.labels import grid_of
 from ..reading.listing import SUFFIXES, VECTORS
 from ..reading.masks import count_labels, show_value
 
-# %% ../../nbs/own/04_proposal.ipynb #e4679197
+# %% ../../nbs/own/04_proposal.ipynb #ba7a8d24
 class Proposal(NamedTuple):
     "A sensor that a file may come from."
     name: str # of `SENSORS`, or "tags"
@@ -60,7 +60,7 @@ def _coloured(tags, sensor):
     if shown[:3] == ["red", "green", "blue"]: return f", colour interpretation {few(shown)}" if order == shown[:3] else f", but its colour interpretation is {few(shown)}"
     return f", colour interpretation {few(shown)}"
 
-# %% ../../nbs/own/04_proposal.ipynb #e1e1941e
+# %% ../../nbs/own/04_proposal.ipynb #c8857b3e
 _MASK = re.compile(r"(?i)(^|[_\-. ])(masks?|labels?|lbl|gt|truth|groundtruth|annotations?|annot|seg|classes|target_masks?)([_\-. ]|$)")
 
 @dataclass
@@ -97,11 +97,11 @@ def _pair(folder, home, images, masks):
     plain = {"images", "image", "img", "imgs", "x", "tiles", "data"}
     path = [p for p in home.relative_to(folder).parts if p.casefold() not in plain]
     found = Found(_name("_".join(path)) if path else "images", images)
-    near = sorted({m.parent for m in masks}, key=lambda d: -len(_shared(d, home)))
+    near = sorted({m.parent for m in masks if _place(m.parent, folder) == _place(home, folder)}, key=lambda d: -len(_shared(d, home)))
     for at in near:
         stems = {m.stem: m for m in masks if m.parent == at}
         same = [stems[p.stem] for p in images if p.stem in stems]
-        if len(same) >= max(1, len(images) / 2) and (len(near) == 1 or _shared(at, home)[len(folder.parts):] or at.parent == home.parent):
+        if len(same) >= max(1, len(images) / 2):
             found.masks, found.files = at, same
             return found
         for tail in dict.fromkeys(s[len(p.stem):] for p in images for s in stems if s.startswith(p.stem) and _MASK.search(s[len(p.stem):])):
@@ -111,9 +111,14 @@ def _pair(folder, home, images, masks):
                 return found
     return found
 
+def _place(path, folder):
+    "A path without what only says that it holds images or masks: train/images and train/masks are one place."
+    words = re.compile(r"(?i)(images?|imgs?|masks?|labels?|lbl|gt|truth|groundtruth|annotations?|annot|seg|classes)")
+    return [bare for part in path.relative_to(folder).parts if (bare := words.sub("", part).strip("_-. "))]
+
 def _shared(a, b): return [x for x, y in zip(a.parts, b.parts) if x == y]
 
-# %% ../../nbs/own/04_proposal.ipynb #3a57f99b
+# %% ../../nbs/own/04_proposal.ipynb #f960d9a1
 def count_values(
     files: Sequence[Path], # masks
     most: int = 50, # looked at
@@ -137,7 +142,7 @@ def count_attributes(
         if 1 <= len(counts) <= 64 and (len(counts) < len(values) or len(values) < 4): found[column] = dict(counts.most_common())
     return dict(sorted(found.items(), key=lambda item: (len(item[1]) < 2, len(item[1]))))
 
-# %% ../../nbs/own/04_proposal.ipynb #2dd9c694
+# %% ../../nbs/own/04_proposal.ipynb #5079a7bb
 def group_by_ground(
     images: Sequence[Path], # of a domain
     groups: int = 16, # about how many
@@ -153,7 +158,7 @@ def group_by_ground(
     side = max((wide * high / groups) ** 0.5, grounds[0].east - grounds[0].west, max(wide, high) / groups)
     return {image: f"ground_{int((a - west) / side)}_{int((b - south) / side)}" for image, a, b in zip(images, x, y)}
 
-# %% ../../nbs/own/04_proposal.ipynb #69cf8353
+# %% ../../nbs/own/04_proposal.ipynb #57a1d21c
 def _quoted(text): return '"' + str(text).replace("\\", "/").replace('"', '\\"') + '"'
 
 def _list(values): return "[" + ", ".join(map(_quoted, values)) + "]"
@@ -204,6 +209,7 @@ def propose_task(
         attributes = count_attributes(vectors[0])
         shapes = vectors[0], next(iter(attributes), None), attributes
         domains = [Found(_name(p.stem), [p]) for d in domains for p in d.images]
+        domains.sort(key=lambda d: not _covers(vectors[0], d.images[0]))
     source, targets = domains[0], domains[1:]
     lines = [f"# Written by `spectralmoe own new {folder.name}` from what lies there. Look at every line; then: spectralmoe own check {Path(path).name}",
              f"name = {_quoted(_name(folder.name))}", 'title = ""  # of pages and tables; empty: the name',
