@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import compress
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -696,8 +697,9 @@ def first_batch_report(
     if statistics and statistics.normalise: # spectra of length 1, as the statistics are
         values = values / values.norm(dim=0, keepdim=True).clamp_min(1e-12)
         judged = pd.DataFrame({"mean": values.mean(1), "std": values.std(1)}, names)
-    odd = unlike_statistics(judged, statistics.mean, statistics.std) if statistics else []
-    odd += unlike_sensor(table, sensor) if sensor else []
+    light = [b.light for b in sensor.bands] if sensor else [True] * len(table) # heights differ from place to place
+    odd = unlike_statistics(judged[light], *(list(compress(x, light)) for x in (statistics.mean, statistics.std))) if statistics else []
+    odd += unlike_sensor(table[light], sensor.light) if sensor else []
     if odd: warnings.warn(f"{about} looks wrong: {'; '.join(odd)}. Scaled twice, or from another product? Check scale and offset of "
                           "the bands", stacklevel=2)
     for text in lost_to_bands(alone, nodata) if alone else []: warnings.warn(f"{about}: {text}", stacklevel=2)

@@ -166,6 +166,7 @@ class Benchmark:
         object.__setattr__(self, "palette", tuple(map(tuple, self.palette)))
         object.__setattr__(self, "simulated", {name: tuple(views) for name, views in self.simulated.items()})
         if self.normalise not in ("", "l2"): self._refuse(f"normalise={self.normalise!r}; expected 'l2' or nothing")
+        if self.normalise and "height" in self.bands: self._refuse("normalise='l2' with a band of heights, which are no light: leave one of the two out")
         self._check_labels()
         self._check_domains()
         self._check_bands()
@@ -260,10 +261,10 @@ def merged(
 # %% ../nbs/03_tasks.ipynb #393c811a
 @patch(as_prop=True)
 def input_sensor(self: Benchmark) -> Sensor: # bands in the model's order, scale 1
-    "The bands a model is given."
+    "The bands a visual model is given: all but heights."
     if self.source.sensor is None: self._refuse(
         "the source names no sensor, so its wavelengths are unknown; set Domain(sensor=...) to a key of SENSORS or a Sensor of your own")
-    sensor = self.source.fed_sensor.select(self.bands)
+    sensor = self.source.fed_sensor.select(self.bands).light
     sensor = replace(replace(sensor, rgb=tuple(sensor.names[sensor.index(b)] for b in self.rgb)).rescale(1.0), name=self.name, nodata=None)
     if self.wavelengths is None: return sensor
     return replace(sensor, bands=tuple(replace(b, center=w) for b, w in zip(sensor.bands, self.wavelengths)))
