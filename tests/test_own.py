@@ -207,9 +207,8 @@ def test_what_a_folder_holds_is_found(tmp_path):
     text, _ = propose_task(tmp_path / "d", tmp_path / "mine.toml")
     assert "[targets.village]" in text and 'images = "d/town/images"' in text and "no masks were found: it is predicted" in text
     assert 'sensor = ""  # CHOOSE' in text and "# gf2: it has 4 bands as well" in text
-    with pytest.raises(ValueError, match=r"key source.sensor = ''"):
-        import tomllib
-        Benchmark.from_dict(tomllib.loads(text), "mine.toml", tmp_path)
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"key source.sensor = ''"): Benchmark.from_file(tmp_path / "mine.toml")
 
 
 def test_tasks_of_the_package_read_as_before():

@@ -300,7 +300,7 @@ def from_dict(cls: Benchmark,
     folder: str | Path = ".", # that paths are relative to
 ) -> Benchmark: # with absolute paths; what was assumed becomes warnings, once
     "A task of your own, from the entries of its file."
-    if isinstance(said.get("targets"), list): return cls.from_table(said, str(where)) # as the package's tables are
+    if any(isinstance(c, Mapping) for c in said.get("classes", ())): return cls.from_table(said, str(where)) # as the package's tables are
     top, folder = Said(str(where), "", said, _TOP), Path(folder).resolve()
     name = top.get("name", str) or top.refuse("name", _TOP["name"])
     if not re.fullmatch(r"[\w.-]+", name): top.refuse("name", "letters, digits, _ - . only, because files are called so")
