@@ -766,6 +766,8 @@ class DomainDataModule(LightningDataModule):
     source_val = cached_property(lambda self: self._val.standardised(self.statistics))
     targets = cached_property(lambda self: {
         name: tiles.standardised(self.statistics) for name, tiles in self._targets.items()})
+    ahead = property(lambda self: dict(num_workers=self.num_workers, multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None),
+                     doc="Processes that read ahead, for a loader; forked where that is safe, so that they start at once in a process of a grid too.")
     fingerprints = cached_property(lambda self: { # of labelled domains: what a record is found by
         name: tiles.entry["fingerprint"] if tiles.entry else tiles.fingerprint()
         for name, tiles in self.domains.items() if name in self.labelled})
@@ -918,14 +920,14 @@ def train_dataloader(self: DomainDataModule) -> DataLoader: # micro-batches
     steps = asked if asked > 0 else self.steps or self.benchmark.steps
     place = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
     keys = StepBatches(len(self.source_train), self.batch_size, steps, self.micro_batch, start, self.seed, *place)
-    return DataLoader(self.source_train.crops(self.crop, self.augment), collate_fn=collate, num_workers=self.num_workers, batch_sampler=keys)
+    return DataLoader(self.source_train.crops(self.crop, self.augment), collate_fn=collate, batch_sampler=keys, **self.ahead)
 
 @patch
 def window_loader(self: DomainDataModule,
     tiles: SegmentationTiles, # standardised
 ) -> DataLoader: # windows, every pixel once
     "Tiles for evaluation."
-    return DataLoader(tiles.windows(self.crop), collate_fn=collate, num_workers=self.num_workers, batch_size=self.micro_batch or self.batch_size)
+    return DataLoader(tiles.windows(self.crop), collate_fn=collate, batch_size=self.micro_batch or self.batch_size, **self.ahead)
 
 @patch
 def val_dataloader(self: DomainDataModule) -> DataLoader: # windows, every pixel once

@@ -56,10 +56,13 @@ def close(a, b, rtol=1e-4, atol=1e-4):
     "Up to rounding: a step of AdamW changes a weight by up to 3e-3, whatever the size of its gradient."
     a, b = a.trained_state_dict(), b.trained_state_dict()
     assert a.keys() == b.keys()
-    for name in a: torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
+    for name in a:
+        if name.endswith("k_proj.bias"): continue  # softmax does not see it: its gradient is rounding, which AdamW makes a full step
+        if name.endswith("cross_attn.in_proj_bias"): a[name], b[name] = (torch.cat(torch.chunk(s[name], 3)[::2]) for s in (a, b))  # nor the middle third
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
-CASES = {"accumulated": dict(micro=2), "collapsed": dict(collapsed=True), "mask2former": dict(head="mask2former"),
+CASES = {"accumulated": dict(micro=2, overrides=dict(class_weights=[1.0, 2.0, 3.0, 4.0, 5.0])), "collapsed": dict(collapsed=True), "mask2former": dict(head="mask2former"),
          "two-experts": dict(overrides=dict(top_k=2, gate_weighting="full", balance="importance", balance_weight=1.0))}
 
 
