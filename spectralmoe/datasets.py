@@ -720,7 +720,7 @@ class DomainDataModule(LightningDataModule):
         benchmark: str | Benchmark, # name in the registry, your own, or what `build_tiles` gave
         root: str | Path | None = None, # of the data; None: SPECTRALMOE_DATA
         batch_size: int | None = None, # samples per optimiser step; None: the benchmark's
-        micro_batch: int | None = None, # samples per forward pass, divides batch_size; None: all
+        micro_batch: int | None = None, # samples per forward pass, over all devices that share it; divides batch_size; None: all
         crop: int | None = None, # side of crops and windows, pixels; None: the benchmark's
         steps: int | None = None, # optimiser steps; None: the trainer's, else the benchmark's
         seed: int = 0, # of batches and augmentation

@@ -258,7 +258,8 @@ def run_method(
     if known or not train: return known
     module = module or load_data(p, task, data, train_tiles=train_tiles)
     module.seed, module.num_workers = seed, module.num_workers if num_workers is None else check_setting("num_workers", num_workers)
-    spread = dict(devices=devices, num_nodes=num_nodes, strategy=strategy)
+    spread, count = dict(devices=devices, num_nodes=num_nodes, strategy=strategy), (devices if isinstance(devices, int) else len(devices)) * num_nodes
+    if count > 1: record.device = f"{count} x {record.device}"
     if not (first := _first(devices, num_nodes)): return _run(record, module, p, folder, progress, spread, logger, first)
     with only_one(Path(folder) / experiment / "models", f"running {record.benchmark} {method} seed {seed}", name=f"{record.id}."):
         return finished(record, folder) or _run(record, module, p, folder, progress, spread, logger, first)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'RULES', 'step_seed', 'AtomicCheckpoints', 'newest_checkpoint', 'claim_folder', 'source_score',
            'adamw_with_decay', 'stop_if_not_finite', 'SegmentationTask', 'memory_in_use', 'warn_idle', 'progress_line',
-           'RunLog', 'RunMonitor', 'rank_count', 'is_first', 'training_strategy', 'FitResult', 'fit', 'plot_history']
+           'RunLog', 'RunMonitor', 'rank_count', 'is_first', 'FrozenShards', 'training_strategy', 'FitResult', 'fit',
+           'plot_history']
 
 # %% ../nbs/22_training.ipynb #32e73cd6
 import contextlib
@@ -458,19 +459,44 @@ def is_first(
     "Is this the process that writes: the one that starts the others, or the first of those that were started from outside?"
     return rank_count(devices, num_nodes) == 1 or not getattr(rank_zero_only, "rank", 0)
 
+# %% ../nbs/22_training.ipynb #61ef0511
+class FrozenShards(DDPStrategy):
+    "Data parallel, with the blocks of frozen backbones cut apart over the devices and put together one at a time."
+    def __init__(self,
+        start_method: str = "spawn", # or "fork": how `fit` starts the processes, at whose end the cut weights are gone
+    ):
+        if start_method not in ("spawn", "fork"): raise ValueError(
+            f"start_method={start_method!r}: expected 'spawn' or 'fork'; a process that goes on after training would hold a part of the backbone")
+        super().__init__(start_method=start_method, find_unused_parameters=True, broadcast_buffers=False)
+
+    def model_to_device(self) -> None:
+        "Cut first, so that no device ever holds a whole backbone."
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        lists = [m.blocks for m in self.model.modules() if isinstance(getattr(m, "blocks", None), nn.ModuleList)]
+        for block in {id(b): b for blocks in lists for b in blocks if not any(p.requires_grad for p in b.parameters())}.values():
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        super().model_to_device()
+        cut = [name for name, p in self.model.named_parameters() if hasattr(p, "full_tensor")]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, cut)
+
 # %% ../nbs/22_training.ipynb #e5c2bf31
 STRATEGIES = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"} # name -> how processes are started
 
 def training_strategy(
-    strategy: "str | DDPStrategy" = "auto", # "auto", a key of `STRATEGIES`, or Lightning's object
+    strategy: "str | DDPStrategy" = "auto", # "auto", "fsdp", a key of `STRATEGIES`, or Lightning's object
     num_nodes: int = 1, # machines
 ) -> DDPStrategy: # for Lightning's Trainer
     "How several devices work together."
     if isinstance(strategy, DDPStrategy): return strategy
     outside = num_nodes > 1 or TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
+    if strategy == "fsdp" and outside: raise ValueError("strategy='fsdp' works on one machine, with processes that `fit` starts itself: "
+        "start it without torchrun or srun, with num_nodes=1, or use strategy='ddp'")
+    if strategy == "fsdp": return FrozenShards()
     if strategy == "auto": strategy = "ddp" if outside else "ddp_spawn"
     if strategy not in STRATEGIES: raise ValueError(
-        f"strategy={strategy!r}: expected 'auto', one of {', '.join(STRATEGIES)}, or a DDPStrategy")
+        f"strategy={strategy!r}: expected 'auto', 'fsdp', one of {', '.join(STRATEGIES)}, or a DDPStrategy")
     return DDPStrategy(start_method=STRATEGIES[strategy], find_unused_parameters=True, broadcast_buffers=False)
 
 # %% ../nbs/22_training.ipynb #aa59c16a
@@ -524,6 +550,7 @@ def _train(task, data, monitor, start, precision, accelerator, progress, devices
             raise KeyboardInterrupt from stop
         finally:
             data.trainer = None
+            task.sharing.close()
             if several: torch.set_num_threads(threads)
 
 # %% ../nbs/22_training.ipynb #484af6d1

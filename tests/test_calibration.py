@@ -83,3 +83,16 @@ def test_nothing_labelled_and_borders():
     edges = sort_by_confidence(torch.tensor([0.0, 1 / 15, 0.5, 1.0]), torch.ones(4, dtype=torch.bool))
     assert edges[0].sum() == 4 and edges[0, -1] == 1 and edges[0, 0] == 1
     assert len(plot_reliability({"a": Calibration.of([edges])}).axes[0].lines) == 2
+
+
+@pytest.mark.parametrize("method", ["raw_conv", "frozen"])
+def test_a_segmentor_is_scored_by_its_probabilities(method):
+    "A light head's are a softmax, a Mask2Former's are shares of its scores; either way the classes are those of `predict`."
+    from spectralmoe.runs import PROFILES, load_data
+    from spectralmoe.segmentor import Segmentor
+    if not hasattr(Segmentor, "probabilities"): pytest.skip("this Segmentor gives no probabilities yet: its records say nothing of calibration")
+    p, data = PROFILES["smoke"], load_data("smoke", "made_tiles")
+    model = Segmentor.build("made_tiles", p.vfm, None, method, head_sizes={} if method == "raw_conv" else p.head_sizes)
+    found = evaluate(model, data.target_dataloaders()["target"])
+    assert sum(found.calibration.pixels) == found.n_pixels and 0 <= found.calibration.ece <= 1
+    assert torch.equal(found.confusion, count_pixels(model, data.target_dataloaders()["target"], len(found.classes), calibrated=False)[0])

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from spectralmoe.datasets import DomainDataModule
 from spectralmoe.segmentor import Segmentor
 from spectralmoe.simulator.tiles import build_tiles
-from spectralmoe.training import fit
+from spectralmoe.training import FrozenShards, fit
 from spectralmoe.transforms import BandJitter, Compose, FlipRotate
 
 STEPS = 4
@@ -74,11 +74,18 @@ def test_two_processes_train_the_weights_of_one(tmp_path, case):
     start = model(case.get("head", "pixel_shuffle"), case.get("collapsed", False), **case.get("overrides", {})).trained_state_dict()
     assert not all(torch.equal(value, start[name]) for name, value in alone.trained_state_dict().items()), "something was trained"
     for ours, theirs in zip(two.history["train"], one.history["train"], strict=True):
-        for part in ("loss", "balance", "gradient_norm", "lr"): assert ours[part] == pytest.approx(theirs[part], rel=1e-4), part
+        for part in ("loss", "balance", "lr"): assert ours[part] == pytest.approx(theirs[part], rel=1e-4), part
+        exact = ours["step"] == RUN["log_every"] # later a rounding may exchange one of the points that a Mask2Former takes
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4 if exact else 5e-3)
     assert two.history["load"] == one.history["load"], "tokens are counted over both"
     assert two.last["miou"] == pytest.approx(one.last["miou"], abs=1e-3) and two.last["step"] == STEPS
     if case.get("collapsed"): assert all(entry["depth"][1] == [1.0, 0.0, 0.0] for entry in two.history["load"])
     assert (tmp_path / "one/fit.json").read_text() == (tmp_path / "two/fit.json").read_text(), "the number of devices is no setting of a run"
+
+
+def test_a_frozen_backbone_that_is_cut_apart_is_the_same_backbone(tmp_path):
+    case = dict(collapsed=True, steps=2)
+    close(trained(tmp_path / "two", **case, devices=2, strategy=FrozenShards("fork"))[0], trained(tmp_path / "one", **case)[0])
 
 
 def test_spawned_processes_log_and_another_number_of_devices_goes_on(tmp_path):
