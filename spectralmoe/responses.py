@@ -37,7 +37,7 @@ def last_tokens(
 # %% ../nbs/26_responses.ipynb #6fdc44d7
 def class_response(
     model: nn.Module, # a Segmentor with a backbone
-    images: Tensor, # (B, C, H, W) standardised
+    images: Tensor, # (B, C, H, W) standardised, sides multiples of the patches
     k: int, # class, from 0
     where: Tensor | None = None, # (B, H, W) True for the pixels whose score is asked about; None: all
     adapter: bool = True, # False: leave its adapter out
@@ -46,6 +46,9 @@ def class_response(
     classes = model.task["classes"]
     if type(k) is not int or not 0 <= k < len(classes): raise ValueError(
         f"class {k!r}: expected 0 to {len(classes) - 1} ({', '.join(classes)})")
+    if any(side % model.patch for side in images.shape[-2:]): raise ValueError(
+        f"images are {images.shape[-2]} x {images.shape[-1]} pixels and patches {model.patch}: a token at the border would cover less than the others; "
+        f"give sides that are multiples of {model.patch} (`tiles.windows(size)`)")
     modes = [(m, m.training) for m in model.modules()]
     try:
         with torch.enable_grad(), last_tokens(model.eval(), adapter) as held: scores = model(images)[:, k]
@@ -54,9 +57,8 @@ def class_response(
         gradient, = torch.autograd.grad(asked.sum(), held[0])
     finally:
         for m, mode in modes: m.training = mode
-    sides = [-(-n // model.patch) * model.patch for n in images.shape[-2:]]
     response = (held[0].detach() * gradient.mean(1, keepdim=True)).sum(-1).relu()
-    return response.unflatten(1, model.vfm.grid(*sides))
+    return response.unflatten(1, model.vfm.grid(*images.shape[-2:]))
 
 # %% ../nbs/26_responses.ipynb #54c72ec4
 def focus(
