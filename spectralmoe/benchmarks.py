@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'BENCHMARKS', 'SHIFTS', 'read_task', 'benchmark', 'plot_legend', 'merge', 'authors_protocol', 'oracle',
-           'Shift', 'shift_laboratory', 'Benchmark', 'Domain', 'View', 'IGNORE', 'SIMULATED', 'merged']
+           'with_heights', 'Shift', 'shift_laboratory', 'Benchmark', 'Domain', 'View', 'IGNORE', 'SIMULATED', 'merged']
 
 # %% ../nbs/04_benchmarks.ipynb #c8c654dd
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import spectralmoe
-from .bands import as_sensor
+from .bands import Band, as_sensor
 from .files import few, nearest, read_json
 from .pictures import draw_legend
 from .tasks import IGNORE, REAL, SIMULATED, Benchmark, Domain, View, merged
@@ -30,11 +30,11 @@ def read_task(
 TABLES = Path(spectralmoe.__file__).parent / "tables" # of the package
 
 # %% ../nbs/04_benchmarks.ipynb #f968f035
-_ORDER = ("made_tiles", "wildfire_cross_product", "wildfire_cross_region", "whu_ohs", "fbp_cross_sensor", "fbp_cross_region",
+_ORDER = ("made_tiles", "wildfire_cross_product", "wildfire_cross_region", "wildfire_south_north", "whu_ohs", "fbp_cross_sensor", "fbp_cross_region",
           "flair", "loveda", "openearthmap", "potsdam_vaihingen") # as tables list them; then the published seven
 
 BENCHMARKS: dict[str, Benchmark] = {name: read_task(TABLES / f"{name}.json")
-                                    for name in (*_ORDER, *(f"{REAL}{n}" for n in _ORDER[3:]))}
+                                    for name in (*_ORDER, *(f"{REAL}{n}" for n in _ORDER[4:]))}
 
 # %% ../nbs/04_benchmarks.ipynb #e4f15ab2
 def benchmark(
@@ -108,6 +108,31 @@ def oracle(
     home = replace(there[target], name=name, images=str(folder / "images"), masks=str(folder / "masks"), names=str(folder / "index.csv"))
     return replace(task, name=f"{task.name}-oracle-{target}", title=f"{task.title}, trained on {target}",
                    source=home, targets=(there[target],), simulated={name: more, target: views})
+
+# %% ../nbs/04_benchmarks.ipynb #24adadd0
+def with_heights(
+    task: str | Benchmark, # a simulated one
+    noise: float = 0.0, # standard deviation of the error, m
+    cell: int = 1, # pixels along a side of a cell of the height sensor
+) -> Benchmark: # named with `_heights` behind, so that records stay apart
+    "The same task with a band of heights above the ground."
+    task = benchmark(task)
+    if "height" in task.bands: return task
+    if not task.simulated: raise ValueError(
+        f"benchmark {task.name!r}: its images are files of your own, and no heights are known; expected a simulated task, or "
+        "bands with a 'height' that the files have")
+    fields = {k: v for k, v in (("height_noise", noise), ("height_cell", cell)) if v != (0 if k == "height_noise" else 1)}
+    name = f"{task.name}_heights" + "".join(f"_{v:g}{u}" for v, u in ((noise, "m"), (cell, "px")) if v != (0 if u == "m" else 1))
+    def add(domain):
+        sensor = as_sensor(domain.sensor)
+        bands = (*sensor.bands, Band("height", 0, 0, "height", scale=0.01))
+        moved = lambda p: str(p).replace(f"/{task.name}/", f"/{name}/")
+        return replace(domain, sensor=replace(sensor, bands=bands), # under its own name: noise follows it
+                       **{k: moved(getattr(domain, k)) for k in ("images", "masks", "names")})
+    views = {d: tuple(replace(v, fields={**v.fields, **fields}) for v in vs) for d, vs in task.simulated.items()}
+    said = f"heights +- {noise:g} m on {cell} px" if fields else "true heights"
+    return replace(task, name=name, title=f"{task.title}, with {said}", bands=(*task.bands, "height"), source=add(task.source),
+                   targets=tuple(map(add, task.targets)), simulated=views, statistics=None)
 
 # %% ../nbs/04_benchmarks.ipynb #59d864ba
 @dataclass(frozen=True)

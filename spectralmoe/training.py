@@ -208,7 +208,9 @@ def on_train_batch_start(self: SegmentationTask,
     if self.global_step == batch_idx == 0:
         torch.manual_seed(step_seed(self.seed, 0))
         images = self.all_gather(batch["image"]).flatten(0, 1) if self.part else batch["image"]
-        self.model.initialise(images)
+        try: self.model.initialise(images)
+        except StopIteration as error: # to Lightning it means the end of an epoch, and the run would never begin
+            raise RuntimeError("the model's initialise ended in a StopIteration, a `next` of something empty") from error
         for value in self.model.trained_state_dict().values() if self.part else (): torch.distributed.broadcast(value, 0)
 
 @patch
