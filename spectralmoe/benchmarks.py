@@ -155,7 +155,8 @@ SHIFTS: dict[str, Shift] = {
     "season": Shift("day of the year", (190.0, 220.0, 245.0, 268.0, 290.0), "day"),
     "soil": Shift("colour of the soil", ("loam", "laterite", "grey", "humus", "loess"), "soil"),
     "gsd": Shift("m", (4.0, 5.3, 7.0, 9.2, 12.0), "gsd"),
-    "noise": Shift("reflectance", (0.002, 0.008, 0.016, 0.028, 0.045), "noise")}
+    "noise": Shift("reflectance", (0.002, 0.008, 0.016, 0.028, 0.045), "noise"),
+    "gain": Shift("spread of log gain, per band and tile", (0.0, 0.15, 0.3, 0.5, 0.8), "gain_spread")}
 
 # %% ../nbs/04_benchmarks.ipynb #56f08d19
 def shift_laboratory(
@@ -169,7 +170,7 @@ def shift_laboratory(
         raise ValueError(f"no factor {', '.join(unknown)}. {nearest(unknown[0], SHIFTS)}")
     if not 1 <= steps <= 4 or tiles < 4:
         raise ValueError(f"steps={steps}, tiles={tiles}; expected 1 to 4 steps and 4 tiles or more")
-    base = {k: v for s in SHIFTS.values() for k, v in s.fields(s.severities[0]).items() if k != "band_shift"}
+    base = {k: v for s in SHIFTS.values() for k, v in s.fields(s.severities[0]).items() if k not in ("band_shift", "gain_spread")} # no part of a source
     places = ("plain", "delta", "city", "hills")
     views = lambda n, first, **new: tuple(View(p, n // 4, 2_900_000 + first + 1000 * i, base | new) for i, p in enumerate(places))
     def domain(name, sensor):
