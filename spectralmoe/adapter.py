@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .experts import COMBINE, LowRankExperts, combine_experts, reference_experts
 from .fusion import EQUAL_GRIDS, FUSIONS, reference_fusion
-from .gating import NoisyTopKGate, Routing, cv_squared
+from .gating import NoisyTopKGate, Routing, batch_sum, cv_squared, share
 
 # %% ../nbs/13_adapter.ipynb #d42d0bc6
 BALANCES = ("importance_load", "importance")
@@ -96,7 +96,10 @@ def balance_loss(
     routings: list[Routing], # of one layer, one per modality that was routed
     balance: str = "importance_load", # or "importance"
 ) -> Tensor: # () before its weight
-    "How uneven the work of one layer is."
+    "How uneven the work of one layer is, over the whole batch where several devices share it."
+    if share():
+        sums = batch_sum(torch.stack([torch.stack([r.importance, r.load]) for r in routings])) # (modalities, 2, e)
+        routings = [r._replace(importance=i, load=l) for r, (i, l) in zip(routings, sums)]
     if balance == "importance": return torch.stack([cv_squared(r.importance) for r in routings]).mean()
     return sum(cv_squared(r.importance) + cv_squared(r.load) for r in routings)
 
