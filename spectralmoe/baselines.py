@@ -5,33 +5,41 @@
 # %% auto #0
 __all__ = ['trained_parameters', 'list_methods', 'METHODS', 'method']
 
-# %% ../nbs/17_baselines.ipynb #c6c74933
+# %% ../nbs/17_baselines.ipynb #1e35a94c
+import re
+from functools import cache
+
 import torch
 
 from .backbones import Backbone, backbone_family, backbone_size, backbone_spec
+from .files import nearest
 from .segmentor import METHODS
 from .tuning.methods import method
 
-# %% ../nbs/17_baselines.ipynb #1bee17a7
+# %% ../nbs/17_baselines.ipynb #78f24368
 _all_ = ["METHODS", "method"]
 
-# %% ../nbs/17_baselines.ipynb #a7ad7bb5
+# %% ../nbs/17_baselines.ipynb #26007a93
+@cache
+def _without_memory(vfm):
+    "A backbone of shapes alone."
+    size, spec = backbone_size(vfm), backbone_spec(vfm)
+    with torch.device("meta"): return Backbone(backbone_family(vfm).build(size), vfm, {}, size, range(len(spec.bands) or 3))
+
 def trained_parameters(
     name: str, # key of `METHODS`
     vfm: str = "dinov3-vitl16", # key of `BACKBONES`
     **overrides, # fields of the method's configuration
 ) -> int: # the head aside
     "Parameters that a method trains on a backbone."
-    m, spec = METHODS[name], backbone_spec(vfm)
-    if not m.backbone: return 0
-    with torch.device("meta"):
-        size = backbone_size(vfm)
-        model = Backbone(backbone_family(vfm).build(size), vfm, {}, size, range(len(spec.bands) or 3))
-        tuner = m.tuner_of(m.adapter_config(model.dim, model.n_layers, {}, overrides), model)
+    if name not in METHODS: raise ValueError(f"method {name!r} is not known. {nearest(name, METHODS)}")
+    m, model = METHODS[name], _without_memory(vfm)
+    if m.tuned: return sum(p.numel() for k, p in model.model.named_parameters() if not re.fullmatch(model.family.unused, k))
+    with torch.device("meta"): tuner = m.tuner_of(m.adapter_config(model.dim, model.n_layers, {}, overrides), model)
     if m.idle: tuner.experts.requires_grad_(False)
-    return sum(p.numel() for part in (tuner, m.tuned and model.unfreeze()) if part for p in part.parameters() if p.requires_grad)
+    return sum(p.numel() for p in tuner.parameters() if p.requires_grad) if tuner else 0
 
-# %% ../nbs/17_baselines.ipynb #4182f9ab
+# %% ../nbs/17_baselines.ipynb #70ae6633
 def list_methods(
     vfm: str = "dinov3-vitl16", # key of `BACKBONES`, on which parameters are counted
 ): # pandas table, one row per method: title, millions of trained parameters beside the head, whether depth is read and queries are linked, paper, basis
