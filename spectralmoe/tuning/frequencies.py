@@ -59,7 +59,7 @@ class ReadingConfig(TokensConfig):
     choices: ClassVar = {"reading": ("paper", "released")}
 
 
-@method("fada", "FADA (paper)", paper="Bi et al., NeurIPS 2024", released=("(released code)", {"reading": "released"}), fixed={"reading": "paper"})
+@method("fada", "FADA", paper="Bi et al., NeurIPS 2024", released=("(released code)", {"reading": "released"}), own=("(paper)", {"reading": "paper"}))
 class FADA(TokenTuner):
     "Learned tokens for low and for high frequencies."
     Config: ClassVar = ReadingConfig
@@ -124,7 +124,7 @@ def polar(
     return torch.atan2(spectrum.imag, away(spectrum.real)), away(power).sqrt()
 
 # %% ../../nbs/tuning/03_frequencies.ipynb #28dde4a1
-@method("set", "SET (paper)", paper="Yi et al., ACM MM 2024, arXiv 2407.18568", released=("(released code)", {"reading": "released"}), fixed={"reading": "paper"})
+@method("set", "SET", paper="Yi et al., ACM MM 2024, arXiv 2407.18568", released=("(released code)", {"reading": "released"}), own=("(paper)", {"reading": "paper"}))
 class SET(TokenTuner):
     "Learned tokens for phase and for amplitude."
     Config: ClassVar = ReadingConfig

@@ -136,13 +136,13 @@ def method(
     title: str, # for tables
     paper: str = "", # where it is from
     basis: str = "", # what the implementation was written from, if not the paper's text
-    fixed: Mapping | None = None, # fields of the configuration that the method fixes
-    **readings: tuple[str, Mapping], # suffix -> (what is added to the title, fields of the configuration): the same class under further names
+    own: tuple[str, Mapping] = ("", {}), # what is added to the title of this very method, and the fields of the configuration that it fixes
+    **readings: tuple[str, Mapping], # suffix -> the same two for the class under a further name
 ) -> Callable: # decorator of a subclass of `Tuner`
     "Register a way of tuning under its name."
     def register(cls: Any):
         if not issubclass(cls, Tuner): raise TypeError(f"method {name!r}: {cls.__name__} is no subclass of Tuner; derive it from spectralmoe.adapter.Tuner")
-        for suffix, (said, values) in {"": ("", fixed or {}), **readings}.items():
+        for suffix, (said, values) in {"": own, **readings}.items():
             key = f"{name}_{suffix}".rstrip("_")
             known = METHODS.get(key)
             if known and getattr(known.tuner, "__qualname__", None) != cls.__qualname__: raise ValueError(
