@@ -36,7 +36,7 @@ class Profile:
     vfm: dict # arguments of `load_vfm`, the visual backbone
     dfm: dict # arguments of `load_dfm`, the depth backbone
     head_sizes: dict = field(default_factory=dict) # arguments of the head; {}: the paper's
-    adapter: dict = field(default_factory=dict) # fields of SpectralMoEConfig; {}: the paper's
+    adapter: dict = field(default_factory=dict) # fields of the adapter's configuration, for every method that has them; {}: the paper's
     crop: int | None = None # side of crops and windows, pixels
     batch_size: int | None = None # images per optimiser step
     steps: int | None = None # optimiser steps
@@ -194,17 +194,17 @@ def planned(
     from spectralmoe.segmentor import METHODS
     p, kind, task = choose_profile(profile), METHODS[check_setting("method", method)], with_structure(benchmark, choose_profile(profile))
     for name, value in (("seed", seed), ("lr", lr), ("train_tiles", train_tiles)): check_setting(name, value)
-    known = [f.name for f in fields(SpectralMoEConfig)]
+    known = kind.takes() if kind.tuner else [f.name for f in fields(SpectralMoEConfig)]
     if wrong := [k for k in overrides or {} if k not in known]:
-        raise ValueError(f"overrides={overrides}: SpectralMoEConfig has no field {wrong[0]!r}. {nearest(wrong[0], known)}")
+        raise ValueError(f"overrides={overrides}: {(kind.config or SpectralMoEConfig).__name__} has no field {wrong[0]!r}. {nearest(wrong[0], known)}")
     if not task.simulated and (data is None or isinstance(data, (str, Path))): data = load_data(p, task, data, train_tiles=train_tiles)
     opened = None if data is None or isinstance(data, (str, Path)) else _matching(data, task, train_tiles)
     task, sizes = (opened.benchmark if opened else task), _sizes(p, task, train_tiles, opened)
     rates = p.lr if isinstance(p.lr, Mapping) else {"": p.lr}
     steps, lr = p.steps or task.steps, lr or rates.get(kind.name, rates.get("")) or task.lr
-    wanted = {"vfm": p.vfm if kind.backbone and not kind.random else None, "dfm": p.dfm if kind.adapter else None}
+    wanted = {"vfm": p.vfm if kind.backbone and not kind.random else None, "dfm": p.dfm if kind.reads_depth else None}
     config = dict(profile=replace(p, steps=steps, lr=lr).hashed(), steps=steps, lr=lr, weight_decay=task.weight_decay, power=task.power,
-                  adapter={**p.adapter, **kind.fields, **(overrides or {})} if kind.adapter else {}, **sizes,
+                  adapter={**kind.of_profile(p.adapter), **kind.fields, **(overrides or {})} if kind.config else {}, **sizes,
                   labels=digest(plain([task.classes, task.label_map, task.bands, task.rgb])), **({"reading": digest(task.reading)} if task.reading else {}),
                   weights={k: weights_hash(k, json.dumps(spec, sort_keys=True)) for k, spec in wanted.items() if spec})
     return RunRecord(experiment, task.name, method, seed, parameters or {}, data=_fingerprints(task, opened), config=config)
@@ -304,7 +304,7 @@ def _run(record, module, p, folder, progress, spread, logger, first):
             home = run_folder(record, folder)
             module.check()
             weights = module.class_weights() if p.class_weights == "balanced" else p.class_weights
-            model = Segmentor.build(module.benchmark, p.vfm, {k: v for k, v in p.dfm.items() if k not in ("noise", "cell")}, record.method, p.head, p.head_sizes if METHODS[record.method].backbone else {},
+            model = Segmentor.build(module.benchmark, p.vfm, {k: v for k, v in p.dfm.items() if k not in ("noise", "cell")}, record.method, p.head, {} if METHODS[record.method].head else p.head_sizes,
                                     seed=record.seed, statistics=module.statistics.to_dict(), class_weights=weights, **c["adapter"])
             result = fit(model, module, steps, home, lr=c["lr"], weight_decay=c["weight_decay"], power=c["power"], precision=p.precision,
                          checkpoint_every=max(steps // 4, 1), seed=record.seed, progress=progress, log_every=max(steps // 10, 1), logger=logger, **spread)
@@ -354,13 +354,13 @@ def functional_test(
     model, # a Segmentor
     module: "DomainDataModule", # of its benchmark
     precision: str = "32-true", # or "bf16-mixed"
-) -> dict[str, float]: # mIoU on source validation, a key of `FUNCTIONAL`'s values each; {} without an adapter
+) -> dict[str, float]: # mIoU on source validation, a key of `FUNCTIONAL`'s values each; {} without experts
     "Source validation with parts of the adapter left out."
-    from spectralmoe.adapter import without
+    from spectralmoe.adapter import SpectralMoE, without
     from spectralmoe.evaluation import evaluate
     def score(part):
         with without(model.adapter, part): return evaluate(model, module.val_dataloader(), module.benchmark.classes, precision).miou
-    return {key: score(part) for part, key in FUNCTIONAL.items()} if model.adapter else {}
+    return {key: score(part) for part, key in FUNCTIONAL.items()} if isinstance(model.adapter, SpectralMoE) else {}
 
 # %% ../nbs/30_runs.ipynb #ed4cc446
 def grid_cells(
@@ -401,10 +401,10 @@ def variant_cells(
         change = dict(change)
         method, dfm, lr, head = (change.pop(k, None) for k in VARIED)
         check_setting("method", method := method or "spectralmoe")
-        if change and not METHODS[method].adapter: raise ValueError(
+        if change and not METHODS[method].config: raise ValueError(
             f"variant {label!r}: method {method!r} has no adapter, so {sorted(change)} would have no effect; leave them out")
         new = {k: v for k, v in dict(dfm=dict(name=dfm) if isinstance(dfm, str) else dfm, head=head).items() if v}
-        fields = {**overrides, **change} if METHODS[method].adapter else {}
+        fields = {**METHODS[method].of_profile(overrides), **change} if METHODS[method].config else {}
         cells[label] = [dict(benchmark=task, method=method, seed=seed, profile=replace(p, **new), overrides=fields,
                              **common, **({"lr": lr} if lr else {})) for seed in seeds]
     return cells

@@ -126,7 +126,8 @@ def _score(parts, domains, metric):
     return value
 
 # %% ../../nbs/reporting/01_tables.ipynb #20db8f15
-ROWS = ("raw_conv", "random", "frozen", "full", "spectralmoe", "released", "linear_path", "one_expert", "no_depth", "oracle") # order of tables
+ROWS = ("raw_conv", "random", "frozen", "full", "spectralmoe", "released", "linear_path", "one_expert", "no_depth",
+        "linear_probe", "lora", "vpt", "adaptformer", "rein", "depthforge", "fada", "fada_released", "set", "set_released", "earth_adapter", "land_moe", "oracle") # order of tables
 
 def results_table(
     records: Mapping[Path, RunRecord], # of one benchmark and its oracles, see `read_records`
