@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'RANGES', 'FUNCTIONAL', 'VARIED', 'Profile', 'choices', 'check_setting', 'choose_profile',
-           'with_structure', 'load_data', 'planned', 'weights_hash', 'run_folder', 'run_method', 'score_domains',
-           'functional_test', 'grid_cells', 'variant_cells', 'cell_names', 'run_cell', 'lost_cell', 'in_turn',
-           'in_processes', 'run_grid', 'predict_tile', 'predict_unlabelled', 'plot_predictions']
+           'with_structure', 'load_data', 'planned', 'weights_hash', 'predict_tile', 'predict_unlabelled', 'run_folder',
+           'run_method', 'score_domains', 'functional_test', 'grid_cells', 'variant_cells', 'cell_names', 'run_cell',
+           'lost_cell', 'in_turn', 'in_processes', 'run_grid', 'plot_predictions']
 
 # %% ../nbs/30_runs.ipynb #ecf956af
 import json
@@ -243,6 +243,50 @@ def weights_hash(
     from spectralmoe import backbones
     fed = ("in_bands", "inflate", "rgb", "extra_share", "train_extra", "wavelengths", "attention", "noise", "cell")
     return getattr(backbones, f"load_{kind}")(**{k: v for k, v in json.loads(spec).items() if k not in fed}).fingerprint()[:12]
+
+# %% ../nbs/30_runs.ipynb #5752ec59
+def predict_tile(
+    model, # a Segmentor
+    tiles, # SegmentationTiles, standardised
+    index: int, # which tile
+    size: int, # side of the windows, pixels
+) -> "numpy.ndarray": # (H, W) class indices
+    "The map of one tile, from the windows that evaluation scores."
+    import numpy as np
+    height, width = tiles.reader.shape(index)
+    classes, windows = np.zeros((height, width), "int64"), tiles.subset([index]).windows(size)
+    for k, (_, row, col, new_row, new_col) in enumerate(windows.places):
+        part = model.predict(windows[k]["image"][None].to(next(model.parameters()).device))[0].cpu().numpy()
+        part = part[new_row - row:height - row, new_col - col:width - col]
+        classes[new_row:new_row + part.shape[0], new_col:new_col + part.shape[1]] = part
+    return classes
+
+# %% ../nbs/30_runs.ipynb #b5a27b44
+def predict_unlabelled(
+    model, # a Segmentor
+    module: "DomainDataModule", # of its benchmark
+    folder: str | Path, # receives a folder per target
+) -> dict[str, list[Path]]: # target -> maps, in the order of its tiles; {} where all targets have masks, or the task is one of the package
+    "Maps of the targets that nobody has labelled."
+    import numpy as np
+    import rasterio
+    from spectralmoe.files import replacing
+    task, found = module.benchmark, {}
+    colours = {i: tuple(c) for i, c in enumerate(task.palette)}
+    for name in [d.name for d in task.targets if d.layout and d.masks is None and not d.layout.mask_pattern]:
+        tiles, found[name] = module.targets[name], []
+        for i, file in enumerate(tiles.files):
+            classes, whole = predict_tile(model, tiles, i, module.crop).astype("uint8"), tiles.reader.read(i)
+            classes[np.isnan(whole.image[0])] = 255
+            how = dict(crs=whole.crs or None, transform=rasterio.Affine(*whole.transform[:6]), nodata=255, compress="deflate")
+            found[name].append(path := Path(folder) / name / f"{file.name}.tif")
+            with replacing(path) as draft, warnings.catch_warnings():
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+                with rasterio.open(draft, "w", "GTiff", count=1, height=classes.shape[0], width=classes.shape[1], dtype="uint8", **how) as out:
+                    out.write(classes, 1)
+                    out.write_colormap(1, colours)
+                    out.set_band_description(1, ", ".join(f"{k} {c}" for k, c in enumerate(task.classes)))
+    return found
 
 # %% ../nbs/30_runs.ipynb #c81c3426
 def run_folder(
@@ -548,50 +592,6 @@ def run_grid(
         whole = [f"{names[i]}: {found[i].error}" for i in failed[:10]]
         print(f"{len(failed)} of {len(cells)} runs failed:", *whole, *[f"and {len(failed) - 10} more"] * (len(failed) > 10), sep="\n  ", flush=True)
     return [found[i] for i in range(len(cells))]
-
-# %% ../nbs/30_runs.ipynb #5752ec59
-def predict_tile(
-    model, # a Segmentor
-    tiles, # SegmentationTiles, standardised
-    index: int, # which tile
-    size: int, # side of the windows, pixels
-) -> "numpy.ndarray": # (H, W) class indices
-    "The map of one tile, from the windows that evaluation scores."
-    import numpy as np
-    height, width = tiles.reader.shape(index)
-    classes, windows = np.zeros((height, width), "int64"), tiles.subset([index]).windows(size)
-    for k, (_, row, col, new_row, new_col) in enumerate(windows.places):
-        part = model.predict(windows[k]["image"][None].to(next(model.parameters()).device))[0].cpu().numpy()
-        part = part[new_row - row:height - row, new_col - col:width - col]
-        classes[new_row:new_row + part.shape[0], new_col:new_col + part.shape[1]] = part
-    return classes
-
-# %% ../nbs/30_runs.ipynb #b5a27b44
-def predict_unlabelled(
-    model, # a Segmentor
-    module: "DomainDataModule", # of its benchmark
-    folder: str | Path, # receives a folder per target
-) -> dict[str, list[Path]]: # target -> maps, in the order of its tiles; {} where all targets have masks, or the task is one of the package
-    "Maps of the targets that nobody has labelled."
-    import numpy as np
-    import rasterio
-    from spectralmoe.files import replacing
-    task, found = module.benchmark, {}
-    colours = {i: tuple(c) for i, c in enumerate(task.palette)}
-    for name in [d.name for d in task.targets if d.layout and d.masks is None and not d.layout.mask_pattern]:
-        tiles, found[name] = module.targets[name], []
-        for i, file in enumerate(tiles.files):
-            classes, whole = predict_tile(model, tiles, i, module.crop).astype("uint8"), tiles.reader.read(i)
-            classes[np.isnan(whole.image[0])] = 255
-            how = dict(crs=whole.crs or None, transform=rasterio.Affine(*whole.transform[:6]), nodata=255, compress="deflate")
-            found[name].append(path := Path(folder) / name / f"{file.name}.tif")
-            with replacing(path) as draft, warnings.catch_warnings():
-                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-                with rasterio.open(draft, "w", "GTiff", count=1, height=classes.shape[0], width=classes.shape[1], dtype="uint8", **how) as out:
-                    out.write(classes, 1)
-                    out.write_colormap(1, colours)
-                    out.set_band_description(1, ", ".join(f"{k} {c}" for k, c in enumerate(task.classes)))
-    return found
 
 # %% ../nbs/30_runs.ipynb #fe109163
 def plot_predictions(
