@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .experts import COMBINE, LowRankExperts, combine_experts, reference_experts
 from .fusion import EQUAL_GRIDS, FUSIONS, reference_fusion
-from .gating import NoisyTopKGate, Routing, TokenProducts, cv_squared, exporting, on_processor
+from .gating import NoisyTopKGate, Routing, TokenProducts, batch_sum, cv_squared, exporting, on_processor, share
 
 # %% ../nbs/13_adapter.ipynb #d42d0bc6
 BALANCES = ("importance_load", "importance")
@@ -96,9 +96,10 @@ def balance_loss(
     routings: list[Routing], # of one layer, one per modality that was routed
     balance: str = "importance_load", # or "importance"
 ) -> Tensor: # () before its weight
-    "How uneven the work of one layer is."
-    if balance == "importance": return cv_squared(torch.stack([r.importance for r in routings])).mean()
-    return cv_squared(torch.stack([x for r in routings for x in (r.importance, r.load)])).sum()
+    "How uneven the work of one layer is, over the whole batch where several devices share it."
+    sums = torch.stack([torch.stack([r.importance, r.load]) for r in routings]) # (modalities, 2, e)
+    if share(): sums = batch_sum(sums)
+    return cv_squared(sums[:, 0]).mean() if balance == "importance" else cv_squared(sums).sum()
 
 # %% ../nbs/13_adapter.ipynb #43298a85
 def check_tokens(

@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['pyramid_blocks', 'feature_pyramid', 'check_labels', 'class_masks', 'query_scores', 'mask2former_config',
-           'init_deformable_', 'init_mask2former_', 'query_states', 'Predictions', 'matching_loss', 'Mask2FormerHead',
-           'pixel_cross_entropy', 'DenseHead', 'PixelShuffleHead', 'RawConvHead']
+           'init_deformable_', 'init_mask2former_', 'query_states', 'Predictions', 'DrawnForAll', 'part_of_batch',
+           'matching_loss', 'Mask2FormerHead', 'pixel_cross_entropy', 'DenseHead', 'PixelShuffleHead', 'RawConvHead',
+           'weigh_classes']
 
 # %% ../nbs/15_head.ipynb #ee151e97
 import math
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .benchmarks import IGNORE
+from .gating import batch_sum, own_rows, share
 
 # %% ../nbs/15_head.ipynb #15e4f6e7
 def pyramid_blocks(
@@ -191,6 +195,60 @@ class Predictions(NamedTuple):
     classes: tuple[Tensor, ...] # each (B, Q, K + 1) logits, last "no object"
     masks: tuple[Tensor, ...] # each (B, Q, h, w) logits at the size of the finest map
 
+# %% ../nbs/15_head.ipynb #cab24940
+class DrawnForAll(TorchFunctionMode):
+    "Inside, `torch.rand` draws for the masks of all ranks and keeps the rows of this one."
+    def __init__(self,
+        masks: Tensor, # (count,) masks that each rank compares
+        rank: int, # of this process
+    ):
+        super().__init__()
+        self.before, self.total, self.matching = int(masks[:rank].sum()), int(masks.sum()), False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.rand or self.matching: return func(*args, **(kwargs or {}))
+        rows, *size = args
+        return own_rows(lambda n: func(n, *size, **(kwargs or {})), rows, self.before, self.total)
+
+@contextmanager
+def part_of_batch(
+    criterion: nn.Module, # the library's Mask2FormerLoss
+    output: Predictions, # what the queries of this part predict
+    classes: list[Tensor], # (n,) classes of the masks of each image of this part
+):
+    "Within this block the criterion gives what this rank adds to the loss of the whole batch, times the number of ranks."
+    part = share()
+    if part is None:
+        yield
+        return
+    images, queries, _ = output.classes[-1].shape
+    known = [len(c) for c in classes]
+    counts = torch.zeros(part.count, 2, device=output.masks[-1].device)
+    counts[part.rank] = counts.new_tensor([sum(known), sum(min(n, queries) for n in known)])
+    counts = batch_sum(counts)
+    drawn = DrawnForAll(counts[:, 1], part.rank)
+    own_labels = criterion.loss_labels
+    def loss_labels(logits, labels, indices):
+        w = criterion.empty_weight
+        matched = torch.cat([c[j] for c, (_, j) in zip(labels, indices)])
+        here = w[matched].sum() + (images * queries - len(matched)) * w[-1]
+        return {name: loss * here * part.count / batch_sum(here) for name, loss in own_labels(logits, labels, indices).items()}
+    def match(begins):
+        def hook(*_): # points of the images of other ranks are drawn and dropped
+            drawn.matching = True
+            for _ in range(images * (part.rank if begins else part.count - 1 - part.rank)):
+                torch.rand(1, criterion.num_points, 2, device=counts.device)
+            drawn.matching = begins
+        return hook
+    hooks = [criterion.matcher.register_forward_pre_hook(match(True)), criterion.matcher.register_forward_hook(match(False))]
+    criterion.loss_labels = loss_labels
+    criterion.get_num_masks = lambda *_, **__: counts[:, 0].sum().clamp(min=1) / part.count
+    try:
+        with drawn: yield
+    finally:
+        for hook in hooks: hook.remove()
+        del criterion.loss_labels, criterion.get_num_masks
+
 # %% ../nbs/15_head.ipynb #55b651ce
 def matching_loss(
     criterion: nn.Module, # the library's Mask2FormerLoss
@@ -204,8 +262,9 @@ def matching_loss(
     with torch.autocast(labels.device.type, enabled=False):
         said = [{"class_queries_logits": c.float(), "masks_queries_logits": m.float()}
                 for c, m in zip(*output)]
-        terms = criterion(**said[-1], mask_labels=masks, class_labels=classes,
-                          auxiliary_predictions=said[:-1])
+        with part_of_batch(criterion, output, classes):
+            terms = criterion(**said[-1], mask_labels=masks, class_labels=classes,
+                              auxiliary_predictions=said[:-1])
     losses = {name: weight * sum(v for term, v in terms.items() if term.startswith(name))
               for name, weight in criterion.weight_dict.items()}
     return {"loss": sum(losses.values()), **losses}
@@ -279,11 +338,15 @@ class Mask2FormerHead(nn.Module):
 def pixel_cross_entropy(
     logits: Tensor, # (B, K, H, W) class logits
     labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
-) -> Tensor: # scalar, mean over the labelled pixels, 0 if there are none
-    "Cross entropy over labelled pixels."
+    weights: Tensor | None = None, # (K,) of the classes; None: all alike
+) -> Tensor: # scalar, weighted mean over the labelled pixels, 0 if there are none
+    "Cross entropy over labelled pixels, of all devices where several share a batch."
     check_labels(labels, logits.shape[1])
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    total = F.cross_entropy(logits.float(), labels, weights, ignore_index=IGNORE, reduction="sum")
+    known = labels != IGNORE
+    n = known.sum() if weights is None else weights[labels[known]].sum()
+    if part := share(): n = batch_sum(n.double()).to(total) / part.count
+    return total / torch.where(n > 0, n, 1)
 
 # %% ../nbs/15_head.ipynb #defb3038
 class DenseHead(nn.Module):
@@ -304,7 +367,7 @@ class DenseHead(nn.Module):
         labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
     ) -> dict[str, Tensor]: # "loss", a scalar
         "Cross entropy at the size of the labels."
-        return {"loss": pixel_cross_entropy(self.logits(output, labels.shape[-2:]), labels)}
+        return {"loss": pixel_cross_entropy(self.logits(output, labels.shape[-2:]), labels, getattr(self, "class_weights", None))}
 
 # %% ../nbs/15_head.ipynb #8577efff
 class PixelShuffleHead(DenseHead):
@@ -353,3 +416,18 @@ class RawConvHead(DenseHead):
     ) -> Tensor: # (B, K, H, W) class logits
         "Class logits at full resolution."
         return self.layers(features)
+
+# %% ../nbs/15_head.ipynb #cbef12e2
+def weigh_classes(
+    head: nn.Module, # any head of this page, changed in place
+    weights: Sequence[float], # one per class, above 0, in the order of the classes
+    n_classes: int, # K
+) -> None:
+    "Give classes different weights in the loss."
+    if isinstance(weights, (str, bytes)) or len(weights) != n_classes: raise ValueError(
+        f"class_weights={weights!r}: expected {n_classes} numbers, one per class; for the inverse frequency of the classes give `data.class_weights()`")
+    if wrong := [w for w in weights if isinstance(w, bool) or not 0 < w < math.inf]: raise ValueError(
+        f"class_weights: found {wrong[0]!r}, expected finite numbers above 0 (leave a class out with label_map)")
+    found = torch.tensor([float(w) for w in weights])
+    if hasattr(head, "criterion"): head.criterion.empty_weight[:-1] = found
+    else: head.register_buffer("class_weights", found, persistent=False)

@@ -25,7 +25,7 @@ from .benchmarks import IGNORE, Benchmark, benchmark as find_benchmark
 from .encoders.files import weights_sha256
 from .files import few, nearest, write_file
 from .gating import exporting
-from .head import Mask2FormerHead, PixelShuffleHead, RawConvHead, feature_pyramid, mask2former_config
+from .head import Mask2FormerHead, PixelShuffleHead, RawConvHead, feature_pyramid, mask2former_config, weigh_classes
 from .saving import check_state, find_pretrained, read_config, read_state, upload_pretrained, write_pretrained
 
 # %% ../nbs/16_segmentor.ipynb #ae280b7b
@@ -172,6 +172,7 @@ def assemble(cls: Segmentor,
     if type(seed) is not int: raise ValueError(f"seed={seed!r}; expected a whole number")
     with seeded(seed, "adapter"): adapter = SpectralMoE(config) if config else None
     with seeded(seed, "head"): head = make_head(settings["head"], task, vfm, config, settings["head_sizes"])
+    if settings.get("class_weights") is not None: weigh_classes(head, settings["class_weights"], len(task["classes"]))
     if adapter and not head.wants_queries:
         for link in (adapter.to_query, adapter.merge): link.requires_grad_(False)
     if adapter and METHODS[method].idle:
@@ -191,6 +192,7 @@ def build(cls: Segmentor,
     head_sizes: dict | None = None, # arguments of the head, such as hidden, n_queries or scales
     seed: int = 0, # of the first weights
     statistics: dict | None = None, # of the data, see `Statistics`
+    class_weights: list[float] | None = None, # of the classes in the head's loss, see `weigh_classes`; None: all alike
     **overrides, # fields of SpectralMoEConfig, for methods that have an adapter
 ) -> Segmentor: # backbones frozen (unless the method tunes them), adapter and head at their start
     "A model for a benchmark, ready to be trained."
@@ -203,6 +205,7 @@ def build(cls: Segmentor,
     vfm = own_backbone(vfm, load_vfm, m.tuned, in_bands=b.input_sensor) if m.backbone else None
     if vfm: check_input(vfm, b.input_sensor)
     settings = dict(head=head if m.backbone else "raw_conv", head_sizes=head_sizes or {}, seed=seed)
+    if class_weights is not None: settings["class_weights"] = class_weights if isinstance(class_weights, str) else list(class_weights)
     names = {"n_tokens": "n_queries", "query_dim": "hidden"} if settings["head"] == "mask2former" else {}
     linked = {ours: settings["head_sizes"][theirs] for ours, theirs in names.items() if theirs in settings["head_sizes"]}
     config = m.adapter_config(vfm and vfm.dim, vfm and vfm.n_layers, linked, overrides)
