@@ -167,7 +167,8 @@ README = """<!-- made by `make reports` from nbs/experiments/plans; edit the pla
 
 Every number is computed from records of runs: one JSON file per run with its configuration, seed, commit, versions, device and data
 fingerprints, at `<report>/<experiment>/records/<task>/<method>-s<seed>.json`. Scores are mIoU in percent, means over seeds ± half width of
-the 95 % interval (Student t). Two methods differ significantly where the interval of their paired difference excludes zero.
+the 95 % interval (Student t). Two methods differ significantly where the interval of their paired difference excludes zero also after
+Holm's correction over the rows of the table.
 
 `make reports` makes what is absent or stale and nothing else, without training. `spectralmoe reports --latex FOLDER` writes the tables for
 papers. The pages (`index.html`) open in any browser."""
