@@ -17,7 +17,7 @@ from pathlib import Path
 from ..files import digest, few, nearest, read_json, write_file
 from .pages import index_page, page_frame, tasks_of
 from .records import read_records
-from .tables import difference_table, results_table, row_of, write_table
+from .tables import difference_table, gap_table, results_table, row_of, write_table
 from ..reproduce import ExperimentFailed, find_experiment, notebooks_folder, reproduce
 
 # %% ../../nbs/reporting/05_plans.ipynb #ac48f4b7
@@ -189,10 +189,10 @@ def _markdown_table(tasks):
 
 # %% ../../nbs/reporting/05_plans.ipynb #2afc19f2
 def latex_tables(
-    to: str | Path, # folder that receives report/task.tex and report/task-differences.tex
+    to: str | Path, # folder that receives report/task.tex, report/task-differences.tex and report/task-gap.tex
     folder: str | Path | None = None, # of the reports; None: reports/ of the repository
 ) -> list[Path]: # the files
-    "Scores of every task and differences to the frozen backbone as LaTeX."
+    "Scores of every task, differences to the frozen backbone and gaps between source and targets as LaTeX."
     folder, written = Path(folder or notebooks_folder().parent.parent / "reports"), []
     for report in sorted(p for p in folder.iterdir() if p.is_dir()):
         for task, records in tasks_of(read_records(report)).items():
@@ -200,4 +200,5 @@ def latex_tables(
             if any(row_of(r)[1] == "frozen" for r in records.values()):
                 stem = Path(to) / report.name / f"{task}-differences"
                 written += write_table(difference_table(records), stem, ["tex"])
+            if len((gaps := gap_table(records)).columns): written += write_table(gaps, Path(to) / report.name / f"{task}-gap", ["tex"])
     return written
