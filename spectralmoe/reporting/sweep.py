@@ -18,6 +18,8 @@ from types import SimpleNamespace
 
 from ..backbones import backbone_spec
 from ..benchmarks import REAL, benchmark as find_benchmark, shift_laboratory
+from ..encoders.fetch import PUBLISHED, weights_folder
+from ..encoders.heights import HEIGHT_BACKBONES
 from ..files import nearest
 from .pages import index_page
 from .plans import Page, Plan, make_page, read_plan, write_index
@@ -25,7 +27,7 @@ from .records import RunRecord, finished, read_records
 from .studies import smaller
 from .tables import row_of
 from ..reproduce import find_experiment, notebooks_folder, runs_folder
-from ..runs import Profile, check_setting, choose_profile, grid_cells, load_data, planned, run_folder, run_grid
+from ..runs import Profile, check_setting, choose_profile, grid_cells, load_data, planned, run_folder, run_grid, variant_cells
 from ..segmentor import METHODS
 
 # %% ../../nbs/reporting/07_sweep.ipynb #50767c9a
@@ -48,9 +50,10 @@ def _benchmark_cells(v):
                       overrides=v.overrides, train_tiles=v.train_tiles or None)
 
 def _ablation_cells(v):
-    (name, values), = v.vary.items()
-    common = dict(benchmark=find_benchmark(v.benchmark), method=v.method, profile=_profile(v, steps=v.steps, lr=v.lr))
-    return [dict(common, seed=seed, overrides={name: value}) for seed in v.seeds for value in values]
+    named = {f"{field} = {value}": {field: value} for field, values in v.vary.items() for value in values} or v.variants
+    found = variant_cells({label: {"method": v.method, **change} for label, change in named.items()}, find_benchmark(v.benchmark), v.seeds,
+                          _profile(v, steps=v.steps, lr=v.lr), v.overrides)
+    return [cell for cells in found.values() for cell in cells]
 
 def _routing_cells(v):
     return [dict(benchmark=find_benchmark(v.benchmark), method=v.method, seed=v.seed, profile=_profile(v, steps=v.steps, lr=v.lr), overrides=v.overrides)]
@@ -110,15 +113,14 @@ def local_weights(
 ) -> str | None: # what to give as `weights`; "": nothing; None: they are not here
     "Where the weights of a backbone are on this machine."
     from huggingface_hub import try_to_load_from_cache
-    from spectralmoe.encoders.fetch import PUBLISHED, weights_folder
+    def fetched(name): return name in PUBLISHED and (weights_folder(name) / "README.md").is_file()
     def cached(hub_id): return re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and all(
         isinstance(try_to_load_from_cache(hub_id, file), str) for file in ("config.json", "model.safetensors"))
     name, given, known = spec["name"], spec.get("weights"), backbone_spec(spec["name"])
-    if given: return str(given) if given == "random" or Path(given).exists() or cached(str(given)) else None
-    if known.shipped or spec.get("dim"): return ""
+    if given: return str(given) if given == "random" or Path(given).exists() or fetched(str(given)) or cached(str(given)) else None
+    if known.shipped or spec.get("dim") or name in HEIGHT_BACKBONES: return ""
     if known.hub_id and cached(known.hub_id): return known.hub_id
-    fetched = weights_folder(name) if name in PUBLISHED else None
-    return str(fetched) if fetched and (fetched / "README.md").is_file() else None
+    return name if fetched(name) else None
 
 # %% ../../nbs/reporting/07_sweep.ipynb #90c0d647
 def with_weights(
@@ -164,6 +166,7 @@ def _archives(task, data):
 
 def _weights(role, spec):
     known, name = backbone_spec(spec["name"]), spec["name"]
+    if spec.get("weights") in PUBLISHED: return f"weights {spec['weights']} of {name}: `spectralmoe weights fetch {spec['weights']}`"
     if spec.get("weights"): return f"weights {spec['weights']} of {name}: neither a file or folder here nor in the hub's cache"
     asked = ", on request" * known.gated
     return (f"weights of {name}: model.safetensors and config.json of {known.hub_id or known.access} (licence {known.licence}{asked}); "
