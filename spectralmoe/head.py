@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pyramid_blocks', 'feature_pyramid', 'check_labels', 'class_masks', 'query_scores', 'mask2former_config',
            'init_deformable_', 'init_mask2former_', 'query_states', 'Predictions', 'DrawnForAll', 'part_of_batch',
-           'matching_loss', 'Mask2FormerHead', 'pixel_cross_entropy', 'DenseHead', 'PixelShuffleHead', 'RawConvHead',
-           'weigh_classes']
+           'matching_loss', 'Mask2FormerHead', 'pixel_cross_entropy', 'DenseHead', 'PixelShuffleHead', 'LinearHead',
+           'RawConvHead', 'weigh_classes']
 
 # %% ../nbs/15_head.ipynb #ee151e97
 import math
@@ -170,6 +170,7 @@ def query_states(
     transformer: nn.Module, # the library's Mask2FormerTransformerModule
     features: Sequence[Tensor], # four (B, D, h, w) maps, fine to coarse
     positions: Tensor, # (Q, hidden) position of each query
+    content: Tensor | None = None, # (Q, hidden) of each query at the start; None: the table
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]: # (Q, B, hidden) states, (B, Q, h, w) masks
     "What each query holds and covers, before the first and after every decoder layer."
     def per_image(table): return table[:, None].expand(-1, features[0].shape[0], -1)
@@ -182,7 +183,7 @@ def query_states(
         places.append(place.flatten(2).permute(2, 0, 1)) # (hw, b, hidden)
         memories.append(memory.flatten(2).permute(2, 0, 1))
     said = transformer.decoder(
-        inputs_embeds=per_image(transformer.queries_features.weight),
+        inputs_embeds=per_image(transformer.queries_features.weight if content is None else content),
         query_position_embeddings=per_image(positions),
         multi_stage_positional_embeddings=places, encoder_hidden_states=memories,
         pixel_embeddings=pixels.mask_features,
@@ -278,6 +279,7 @@ class Mask2FormerHead(nn.Module):
         in_dim: int, # D, channels of each of the four maps
         n_classes: int, # K
         linked: bool = True, # query positions come from outside: the experts
+        contents: bool = False, # the content of queries comes from outside, too
         scales: Sequence[float] = (4, 2, 1, 0.5), # of the maps it wants, in token grids, fine to coarse
         **sizes, # arguments of `mask2former_config`
     ):
@@ -287,7 +289,7 @@ class Mask2FormerHead(nn.Module):
             raise ValueError(f"scales={tuple(scales)}; expected four sizes in token grids from fine to coarse: "
                              "(4, 2, 1, 0.5) makes strides 4 to 32 of 16 px patches, (2, 1, 0.5, 0.25) of 8 px patches")
         config = mask2former_config(n_classes, **sizes)
-        self.scales, self.wants_queries = tuple(scales), linked
+        self.scales, self.wants_queries, self.wants_content = tuple(scales), linked, contents
         self.n_queries, self.query_dim = config.num_queries, config.hidden_dim
         self.pixel_decoder = library.Mask2FormerPixelDecoder(config, feature_channels=[in_dim] * 4)
         self.transformer = library.Mask2FormerTransformerModule(config.feature_size, config)
@@ -299,11 +301,13 @@ class Mask2FormerHead(nn.Module):
         init_mask2former_(self.pixel_decoder, self.transformer)
         if linked:
             del self.transformer.queries_embedder
+        if contents: del self.transformer.queries_features
 
     def forward(
         self,
         features: Sequence[Tensor], # four (B, D, h, w) maps, fine to coarse
         queries: Tensor | None = None, # (n_queries, query_dim) positions if linked, else None
+        content: Tensor | None = None, # (n_queries, query_dim) if `contents`, else None
     ) -> Predictions: # one more than decoder layers
         "The class and mask that every query predicts."
         wanted = (self.n_queries, self.query_dim) if self.wants_queries else None
@@ -312,6 +316,9 @@ class Mask2FormerHead(nn.Module):
             raise ValueError(f"queries are {given}, this head takes {wanted}: linked=True needs "
                              "adapter.queries() (n_queries = n_tokens, hidden = query_dim), "
                              "linked=False takes none")
+        if (content is not None) != self.wants_content: raise ValueError(
+            f"content is {None if content is None else tuple(content.shape)} and contents={self.wants_content}: a head takes the content "
+            "of its queries from outside if it was built with contents=True, and only then")
         if self.query_dim == 32 and any(m.shape[-2:].numel() == 1 for m in features): raise ValueError(
             f"maps are {', '.join(' x '.join(map(str, m.shape[-2:])) for m in features)} cells: with hidden = 32 a map of one cell "
             "has one value per group, which the group norm makes constant; give larger images, or hidden = 64")
@@ -319,7 +326,7 @@ class Mask2FormerHead(nn.Module):
             "torch.onnx.export(dynamo=False) writes a Mask2Former that computes other scores, without a word: "
             "use dynamo=True, or head='pixel_shuffle'")
         positions = self.transformer.queries_embedder.weight if queries is None else queries
-        states, masks = query_states(self.pixel_decoder, self.transformer, features, positions)
+        states, masks = query_states(self.pixel_decoder, self.transformer, features, positions, content)
         return Predictions(tuple(self.classifier(s.transpose(0, 1)) for s in states), tuple(masks))
 
     def _load_from_state_dict(self, state_dict, prefix, *more):
@@ -351,7 +358,7 @@ def pixel_cross_entropy(
 # %% ../nbs/15_head.ipynb #defb3038
 class DenseHead(nn.Module):
     "Base of heads whose output is a map of class logits (B, K, h, w)."
-    wants_queries, n_queries, query_dim = False, 0, 0
+    wants_queries, n_queries, query_dim, wants_content = False, 0, 0, False
 
     def logits(
         self,
@@ -392,6 +399,28 @@ class PixelShuffleHead(DenseHead):
         "A block of class logits per token."
         normal = [F.layer_norm(m.permute(0, 2, 3, 1), (self.linear.in_channels // 4,)).permute(0, 3, 1, 2) for m in features]
         return F.pixel_shuffle(self.linear(torch.cat(normal, 1)), self.block)
+
+# %% ../nbs/15_head.ipynb #4047a672
+class LinearHead(DenseHead):
+    "One linear map from the tokens of the last block to class logits."
+    scales = (1, 1, 1, 1)
+
+    def __init__(
+        self,
+        in_dim: int, # D, channels of each map
+        n_classes: int, # K
+    ):
+        super().__init__()
+        self.linear = nn.Conv2d(in_dim, n_classes, kernel_size=1)
+
+    def forward(
+        self,
+        features: Sequence[Tensor], # four (B, D, h, w) maps, of which the last one is read
+        queries: None = None, # not used
+    ) -> Tensor: # (B, K, h, w) class logits
+        "Class logits of every token."
+        last = features[-1].permute(0, 2, 3, 1)
+        return self.linear(F.layer_norm(last, last.shape[-1:]).permute(0, 3, 1, 2))
 
 # %% ../nbs/15_head.ipynb #fb4828bf
 class RawConvHead(DenseHead):
