@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .experts import COMBINE, LowRankExperts, combine_experts, reference_experts
 from .fusion import EQUAL_GRIDS, FUSIONS, reference_fusion
-from .gating import NoisyTopKGate, Routing, batch_sum, cv_squared, share
+from .gating import NoisyTopKGate, Routing, TokenProducts, batch_sum, cv_squared, exporting, on_processor, share
 
 # %% ../nbs/13_adapter.ipynb #d42d0bc6
 BALANCES = ("importance_load", "importance")
@@ -163,11 +163,9 @@ def balance_loss(
     balance: str = "importance_load", # or "importance"
 ) -> Tensor: # () before its weight
     "How uneven the work of one layer is, over the whole batch where several devices share it."
-    if share():
-        sums = batch_sum(torch.stack([torch.stack([r.importance, r.load]) for r in routings])) # (modalities, 2, e)
-        routings = [r._replace(importance=i, load=l) for r, (i, l) in zip(routings, sums)]
-    if balance == "importance": return torch.stack([cv_squared(r.importance) for r in routings]).mean()
-    return sum(cv_squared(r.importance) + cv_squared(r.load) for r in routings)
+    sums = torch.stack([torch.stack([r.importance, r.load]) for r in routings]) # (modalities, 2, e)
+    if share(): sums = batch_sum(sums)
+    return cv_squared(sums[:, 0]).mean() if balance == "importance" else cv_squared(sums).sum()
 
 # %% ../nbs/13_adapter.ipynb #43298a85
 def check_tokens(
@@ -189,6 +187,53 @@ def check_tokens(
     if cfg.needs_equal_grids and depth.shape[1] != visual.shape[1]:
         raise ValueError(f"fusion={cfg.fusion!r} pairs token n with token n, but there are {visual.shape[1]} visual and "
                          f"{depth.shape[1]} depth tokens; give the models one grid, or choose fusion='cross_attention'")
+
+# %% ../nbs/13_adapter.ipynb #de158101
+def thin_products(f, experts, gate):
+    "Products f B^T, and what of the gate came with them: one product serves both."
+    rows, near = {}, gate.near_rows(f)
+    if experts.perceptual == "dot": rows["inner"] = experts.B.flatten(0, 1)
+    if gate.training: rows["noise_logits"] = gate.noise_weight
+    if near is not None: rows["near"] = near[0]
+    if set(rows) <= {"noise_logits"}: return None, {}
+    stacked = torch.cat(list(rows.values()))
+    products, squares = (f @ stacked.T, None) if near is None else TokenProducts.apply(f, stacked, near[1])
+    found = dict(zip(rows, products.split([len(r) for r in rows.values()], -1)))
+    if near is not None: found["near"] = found["near"], squares
+    return found.pop("inner", None), found
+
+# %% ../nbs/13_adapter.ipynb #2830832e
+class ScaledResidual(torch.autograd.Function):
+    "f + s ((f + c M) W^T + b); nothing else of the size of f is made on the way there, and nothing but its gradient on the way back."
+    @staticmethod
+    def forward(ctx, f, c, basis, weight, bias, s):
+        rows = basis @ weight.T # (r, d)
+        ctx.save_for_backward(f, c, basis, rows, weight, bias, s)
+        ctx.s = s.item() if on_processor(f) and on_processor(s) else None
+        w, rows, by = scaled(weight, rows, s, ctx.s)
+        return torch.add(f, bias * s).addmm_(f, w.T, alpha=by).addmm_(c, rows, alpha=by)
+
+    @staticmethod
+    def backward(ctx, g):
+        f, c, basis, rows, weight, bias, s = ctx.saved_tensors
+        w, rows, by = scaled(weight, rows, s, ctx.s)
+        to_f = torch.addmm(g, g, w, alpha=by) if ctx.needs_input_grad[0] else None
+        of_rows = nn.functional.pad(c, (0, 1), value=1.0).T @ g # (r + 1, d), before s; the last is that of b
+        to_weight = (g.T @ f).addmm_(of_rows[:-1].T, basis)
+        to_s = torch.vdot(to_weight.flatten(), weight.flatten()) + of_rows[-1].dot(bias)
+        return to_f, (g @ rows.T).mul_(by), (of_rows[:-1] @ weight) * s, to_weight.mul_(s), of_rows[-1] * s, to_s
+
+def scaled(weight, rows, s, number):
+    "s W, s rows and 1; where s is known as a number W, rows and s, which spares two copies."
+    return (s * weight, s * rows, 1.0) if number is None else (weight, rows, number)
+
+def add_corrections(f, c, basis, linear, s):
+    "f + s ((f + c M) W^T + b); without a basis c is as wide as f."
+    if basis is None: return f + s * linear(f + c)
+    if not exporting() and not torch.is_autocast_enabled(f.device.type) and f.dtype == c.dtype == linear.weight.dtype:
+        return ScaledResidual.apply(f, c, basis, linear.weight, linear.bias, s)
+    delta = nn.functional.linear(f, s * linear.weight, s * linear.bias)
+    return f + delta.addmm_(c.to(delta.dtype), (s * (basis @ linear.weight.T)).to(delta.dtype))
 
 # %% ../nbs/13_adapter.ipynb #90491768
 class SpectralMoE(Tuner):
@@ -220,11 +265,8 @@ class SpectralMoE(Tuner):
         grid: tuple[int, int] | None = None, # rows and columns of the tokens, for local_attention; None: a square
     ) -> Refined: # refined tokens, balance loss and routing of this layer
         "Refine the visual tokens of one block."
-        routing, c, rows = self._expert_term(visual, depth, layer, noise, grid)
-        f, s, linear = visual.flatten(0, 1), self.scale, self.to_delta
-        delta = nn.functional.linear(f, s * linear.weight, s * linear.bias)
-        delta.addmm_(c.to(delta.dtype), (s * rows).to(delta.dtype))
-        tokens = delta.add_(f) if delta.dtype == f.dtype else f + delta
+        routing, c, basis = self._expert_term(visual, depth, layer, noise, grid)
+        tokens = add_corrections(visual.flatten(0, 1), c, basis, self.to_delta, self.scale)
         return self._refined(tokens.view_as(visual), routing)
 
     def _streams(self, visual, depth, layer, noise):
@@ -236,22 +278,22 @@ class SpectralMoE(Tuner):
         return streams
 
     def _expert_term(self, visual, depth, layer, noise=None, grid=None):
-        "Routing, and c (T, R), rows (R, D) whose product is the fused correction after W_f."
-        cfg, out, experts, routing, corrections = self.cfg, self.to_delta.weight.T, self.experts[layer], {}, []
+        "Routing, and c (T, R), M (R, D) whose product is the fused correction; or the correction itself and None."
+        cfg, experts, routing, corrections = self.cfg, self.experts[layer], {}, []
         basis = experts.basis(self.to_feature)
         for name, (x, gate, n) in self._streams(visual, depth, layer, noise).items():
-            f, inner, noise_logits = x.flatten(0, 1), None, None
-            if cfg.perceptual == "dot": # one product serves the experts and the noise of the gate
-                rows = torch.cat([experts.B.flatten(0, 1), *[gate.noise_weight] * gate.training])
-                inner, noise_logits = (f @ rows.T).tensor_split([cfg.n_experts * cfg.rank], -1)
-            routing[name] = gate(f, n, noise_logits if gate.training else None)
+            f = x.flatten(0, 1)
+            inner, given = thin_products(f, experts, gate)
+            routing[name] = gate(f, n, **given)
             c, w = experts.coefficients(f, self._sent(routing[name]), inner), routing[name].weights
-            c = combine_experts(c, w.to(c.dtype)) if cfg.in_basis else combine_experts(c @ basis, w.to(basis.dtype), cfg.combine)
+            if cfg.top_k == 1 and cfg.gate_weighting != "full": c = c[:, 0] # the weight is 1
+            elif cfg.in_basis: c = combine_experts(c, w.to(c.dtype))
+            else: c = combine_experts(c @ basis, w.to(basis.dtype), cfg.combine)
             corrections.append(self._left(c, basis).view(*x.shape[:2], -1))
-        gram, rows = (basis @ basis.T, basis @ out) if cfg.in_basis else (None, out)
+        gram = basis @ basis.T if cfg.in_basis else None
         near = dict(window=cfg.window, grid=grid) if cfg.fusion == "local_attention" else {}
         fused = FUSIONS[cfg.fusion](corrections[0], corrections[-1], self._attention_scale(layer), gram, **near)
-        return routing, fused.flatten(0, 1), rows
+        return routing, fused.flatten(0, 1), basis if cfg.in_basis else None
 
     def _refined(self, tokens, routing):
         balance = self.cfg.balance_weight * balance_loss(list(routing.values()), self.cfg.balance)
@@ -311,8 +353,9 @@ def expert_variation(self: SpectralMoE,
     grid: tuple[int, int] | None = None, # rows and columns of the tokens, for local_attention
 ) -> float: # 0: the experts say the same everywhere
     "Norm of the part of the experts' correction that varies inside an image, relative to the tokens."
-    _, c, rows = self._expert_term(visual, depth, layer, grid=grid)
-    added = (self.scale * (c @ rows.to(c.dtype))).view_as(visual)
+    _, c, basis = self._expert_term(visual, depth, layer, grid=grid)
+    correction = c if basis is None else c @ basis.to(c.dtype)
+    added = (self.scale * (correction @ self.to_delta.weight.T.to(c.dtype))).view_as(visual)
     return ((added - added.mean(1, keepdim=True)).norm() / visual.norm()).item()
 
 SpectralMoE.expert_variation = expert_variation

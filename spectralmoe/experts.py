@@ -66,7 +66,8 @@ class LowRankExperts(nn.Module):
             sums, word_sums = tokens.sum(-1, keepdim=True), (self.A @ self.B.sum(-1, keepdim=True))[..., 0]
             logits = lambda _, chosen: sums * word_sums[chosen] * self.scale
         chosen = [(own[i], i) for i in routing.indices.unbind(-1)]
-        return torch.stack([logits(*c).softmax(-1) @ words * c[0] for c in chosen], 1)
+        rows_of = [logits(*c).softmax(-1) @ words * c[0] for c in chosen]
+        return torch.stack(rows_of, 1) if len(rows_of) > 1 else rows_of[0][:, None]
 
 # %% ../nbs/11_experts.ipynb #c1965f62
 def combine_experts(
