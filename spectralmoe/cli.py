@@ -374,9 +374,10 @@ def train(
     runs: Path | None = None, # records go here; default: SPECTRALMOE_RUNS, else ./runs
 ):
     "Trains one method on a task, scores it on every labelled target, and keeps the model."
+    from spectralmoe.reproduce import runs_folder
     from spectralmoe.runs import choose_profile, run_folder, run_method
     if to.exists(): _refuse(f"{to} is there already: delete it, or name a new folder")
-    home = rp.runs_folder(runs)
+    home = runs_folder(runs)
     with plain_lines():
         p = choose_profile(profile, inflate=inflate, steps=steps, lr=lr)
         record = run_method(benchmark, method, seed, p, home, data or None, experiment="train", train_tiles=train_tiles or None)
