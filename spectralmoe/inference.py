@@ -6,9 +6,9 @@
 __all__ = ['LAYERS', 'Part', 'Scene', 'look_at_scene', 'check_scene', 'Side', 'lay_windows', 'square_average', 'ahead', 'Plan',
            'Batch', 'batches', 'Finished', 'Blend', 'predictor', 'blended', 'Layer', 'layers_of', 'pixel_values',
            'Draft', 'describe_rows', 'write_cog', 'raster_style', 'write_polygons', 'ScenePrediction', 'beside',
-           'trained_on', 'predict_scene', 'SceneJob', 'predict_scenes', 'evaluate_scene']
+           'trained_on', 'predict_scene', 'seam_changes', 'SceneJob', 'predict_scenes', 'evaluate_scene']
 
-# %% ../nbs/23_inference.ipynb #d6fea8d1
+# %% ../nbs/23_inference.ipynb #6ed0b6ac
 import json
 import math
 import os
@@ -42,7 +42,7 @@ from .reading.masks import read_mask, to_classes
 from .reading.rasters import ImageHeader, _read, is_virtual, open_raster, read_header, warn_together
 from .routing import _on_grid, expert_colours
 
-# %% ../nbs/23_inference.ipynb #88dea39e
+# %% ../nbs/23_inference.ipynb #289534e5
 class Part(NamedTuple):
     "A file of a scene, and which of its bands are read."
     path: str # file, or what GDAL takes for one
@@ -70,11 +70,11 @@ class Scene:
 @contextmanager
 def _remedy():
     "Messages of other pages in the words of this one."
-    said = lambda text: str(text).replace("in a csv column `bands`", "in bands=, in file order,")
+    said = lambda text: str(text).replace("in a csv column `bands`", "in bands=, in file order")
     try: yield
     except ValueError as error: raise ValueError(said(error)) from None
 
-# %% ../nbs/23_inference.ipynb #dd3127eb
+# %% ../nbs/23_inference.ipynb #f4be466c
 def look_at_scene(
     paths: str | Path | Sequence[str | Path], # one raster, or single-band files on one grid
     wanted: Sequence[str], # bands of the model, names or common names
@@ -87,7 +87,7 @@ def look_at_scene(
     sensor = _as_named(files, bands) if sensor is None else as_sensor(sensor)
     with _remedy():
         parts = _stack(files, sensor, wanted, bands) if len(files) > 1 else [Part(files[0], read_header(files[0], sensor, wanted, bands), tuple(wanted))]
-    warn_together({p.path: [d.replace("in a csv column `bands`", "in bands=, in file order,") for d in p.header.doubts] for p in parts})
+    warn_together({p.path: [d.replace("in a csv column `bands`", "in bands=, in file order") for d in p.header.doubts] for p in parts})
     with open_raster(files[0]) as source:
         points, crs = source.gcps
         crs, place = source.crs or crs, source.transform
@@ -113,7 +113,7 @@ def _as_named(files, bands):
         f"{few(files, 3)}: {len(names)} bands without names, and sensor=None: say what took the scene (sensor='sentinel2', ...), or name the bands in bands=")
     return Sensor("not said", [NamedBand(n, math.nan, math.nan) for n in names])
 
-# %% ../nbs/23_inference.ipynb #5a4e8e08
+# %% ../nbs/23_inference.ipynb #71526734
 def _stack(files, sensor, wanted, bands):
     "Parts of a scene whose bands are one file each, in the order of the model."
     if bands and len(bands) != len(files): raise ValueError(f"{len(files)} files and {len(bands)} names in bands= ({few(bands)}); expected one name per file")
@@ -138,7 +138,7 @@ def _stack(files, sensor, wanted, bands):
 
 def _grid_line(grid): return f"{grid[0][0]} x {grid[0][1]} px, transform {tuple(round(v, 6) for v in grid[1])}, {grid[2] or 'no crs'}"
 
-# %% ../nbs/23_inference.ipynb #85323b61
+# %% ../nbs/23_inference.ipynb #9fd1edb6
 @patch
 @contextmanager
 def reading(self: Scene) -> Iterator[Callable]: # (row, column, height, width) -> (bands, h, w) float32, NaN where a band has nothing
@@ -163,7 +163,7 @@ def _cache(sources):
     rows = sum(512 * s.width * s.count * np.dtype(s.dtypes[0]).itemsize for s in sources if s.block_shapes[0][1] == s.width)
     return min(max(2**28, rows * 5 // 4), 2**30)
 
-# %% ../nbs/23_inference.ipynb #caec20f8
+# %% ../nbs/23_inference.ipynb #c07d9a8c
 def check_scene(
     scene: Scene, # to be predicted
     statistics: Statistics, # of the model, bands in the same order
@@ -193,7 +193,7 @@ def _pixel_metres(scene):
     a, b, _, d, e, _ = scene.transform
     return abs(a * e - b * d)**0.5 * crs.linear_units_factor[1]
 
-# %% ../nbs/23_inference.ipynb #f125b829
+# %% ../nbs/23_inference.ipynb #ae2ba276
 class Side(NamedTuple):
     "Windows along one side of a scene."
     n: int # pixels of the scene
@@ -230,7 +230,7 @@ def lay_windows(
     cuts = [0, *(max((ends[i - 1] + starts[i]) // 2 // step * step, starts[i]) for i in range(1, count)), up(n)]
     return Side(n, size, tuple(starts), tuple(weights), tuple(cuts))
 
-# %% ../nbs/23_inference.ipynb #93cde615
+# %% ../nbs/23_inference.ipynb #9e9d6cc5
 def square_average(
     predict: Callable, # images (B, C, H, W) -> (B, K, H, W)
     images: Tensor, # (B, C, H, W)
@@ -246,7 +246,7 @@ def square_average(
             total = total + torch.rot90(out, -turns, (-2, -1))
     return total / 8
 
-# %% ../nbs/23_inference.ipynb #b9f22a59
+# %% ../nbs/23_inference.ipynb #cd24bfc0
 def ahead(
     items: Iterable, # made in a thread of its own
     depth: int = 2, # how many are made ahead
@@ -259,7 +259,7 @@ def ahead(
             waiting.append(thread.submit(next, items, end))
             yield item
 
-# %% ../nbs/23_inference.ipynb #6bafabb3
+# %% ../nbs/23_inference.ipynb #91811ccb
 @dataclass(frozen=True)
 class Plan:
     "How a scene is cut into strips, windows and batches."
@@ -283,7 +283,7 @@ class Plan:
     def first(self, strip): # the first strip that reaches into this one
         return next(k for k in range(strip + 1) if k == strip or self.bottom(k) > self.top(strip))
 
-# %% ../nbs/23_inference.ipynb #ade60f1a
+# %% ../nbs/23_inference.ipynb #3f83ac2b
 class Batch(NamedTuple):
     "Windows for one forward pass."
     strip: int # they belong to
@@ -317,7 +317,7 @@ def batches(
         if found: yield Batch(strip, torch.from_numpy(np.stack([x for x, _ in found])), [place for _, place in found])
         yield Batch(strip, None, [])
 
-# %% ../nbs/23_inference.ipynb #198718a8
+# %% ../nbs/23_inference.ipynb #83718f68
 class Finished(NamedTuple):
     "Rows of the scene that no later window reaches."
     strip: int # whose end finished them
@@ -365,7 +365,7 @@ class Blend:
         below = Blend(row, self.probabilities[:, k:].clone(), self.valid[k:].copy(), {m: e[:, at[m]:].copy() for m, e in self.experts.items()})
         return above, below
 
-# %% ../nbs/23_inference.ipynb #12d3efdb
+# %% ../nbs/23_inference.ipynb #40394c33
 def predictor(
     model: nn.Module, # a `Segmentor`, or anything with `probabilities(images)`
     average: bool = False, # over the eight positions of a square
@@ -413,7 +413,7 @@ def _own_tokens(band, modality, experts, plan, i, j, p):
     row, col, own = plan.rows.starts[i] // p, plan.cols.starts[j] // p, band.top // p
     band.experts[modality][:, top - own:bottom - own, left:right] = experts[:, top - row:bottom - row, left - col:right - col]
 
-# %% ../nbs/23_inference.ipynb #5df57eef
+# %% ../nbs/23_inference.ipynb #2d71ce7e
 class Layer(NamedTuple):
     "A raster that is written."
     name: str # "classes", "probabilities", "entropy", "margin", "experts-visual", "experts-depth"
@@ -466,7 +466,7 @@ def pixel_values(
     return {name: np.concatenate(x) for name, x in parts.items() if x} | {
         f"experts-{m}": np.ascontiguousarray(e.transpose(1, 0, 2)) for m, e in rows.experts.items()}
 
-# %% ../nbs/23_inference.ipynb #17be95ea
+# %% ../nbs/23_inference.ipynb #dae0f7b9
 class Draft:
     "Rows on disk, and how far they are."
     def __init__(self,
@@ -504,7 +504,7 @@ class Draft:
         self.strips, self.valid = rows.strip + 1, self.valid + int(rows.valid.sum())
         write_json(self.folder / "journal.json", dict(strips=self.strips, valid=self.valid, about=self.about))
 
-# %% ../nbs/23_inference.ipynb #9598dbb9
+# %% ../nbs/23_inference.ipynb #06bb7eed
 def describe_rows(
     layer: Layer, # what the rows hold
     scene: Scene, # where they are
@@ -547,7 +547,7 @@ def _place(layer, scene):
         for name, v in scene.rpcs.items(): yield f'<MDI key="{name}">{coarse[name](float(v)) if k > 1 and name in coarse else v}</MDI>'
         yield "</Metadata>"
 
-# %% ../nbs/23_inference.ipynb #fb8f7ccc
+# %% ../nbs/23_inference.ipynb #356225ad
 def write_cog(
     draft: Draft, # complete
     layer: Layer, # of it
@@ -572,7 +572,7 @@ def write_cog(
     os.replace(made, path)
     return path
 
-# %% ../nbs/23_inference.ipynb #1cfdf231
+# %% ../nbs/23_inference.ipynb #c7f821ab
 def raster_style(
     names: Sequence[str], # of values 0, 1, ...
     colours: Sequence[Sequence[int]], # an (r, g, b) of 0..255 per value
@@ -583,7 +583,7 @@ def raster_style(
     return (f"<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n<qgis><pipe><rasterrenderer type=\"paletted\" band=\"{band}\" opacity=\"1\" alphaBand=\"-1\">"
             f"<colorPalette>{entries}</colorPalette></rasterrenderer></pipe></qgis>\n")
 
-# %% ../nbs/23_inference.ipynb #c63215fa
+# %% ../nbs/23_inference.ipynb #4c8e533b
 def write_polygons(
     path_map: str | Path, # class map
     path_out: str | Path, # .gpkg
@@ -656,7 +656,7 @@ def _append(path, shapes, place, crs, classes):
               layer="classes", driver="GPKG", geometry_type="Polygon", crs=crs, append=path.exists())
     return len(shapes)
 
-# %% ../nbs/23_inference.ipynb #393fd641
+# %% ../nbs/23_inference.ipynb #c16b40c3
 @dataclass(frozen=True)
 class ScenePrediction:
     "What was made of a scene."
@@ -689,7 +689,7 @@ def trained_on(
     known = BENCHMARKS.get(name) or BENCHMARKS.get(name.removesuffix("_authors"))
     return known and known.source.fed_sensor
 
-# %% ../nbs/23_inference.ipynb #4ca36271
+# %% ../nbs/23_inference.ipynb #ed74146f
 def _ready(model, statistics):
     "Statistics of a model, and whether they fit its bands."
     if not hasattr(model, "probabilities"): raise TypeError(f"{type(model).__name__} has no `probabilities(images)`; expected a Segmentor, or a module with `task` and `probabilities`")
@@ -716,7 +716,7 @@ def _existing(path, key, again):
     if said.get("SPECTRALMOE_KEY") == key: return float(said["SPECTRALMOE_VALID"])
     raise FileExistsError(f"{path} is there and was made {'with another model, scene or setting' if 'SPECTRALMOE_KEY' in said else 'by something else'}: say again=True to replace it, or choose another name")
 
-# %% ../nbs/23_inference.ipynb #04585a0c
+# %% ../nbs/23_inference.ipynb #2666a6b8
 def predict_scene(
     model: nn.Module, # a `Segmentor`, or a module with `task`, `statistics` and `probabilities(images)`
     path_in: str | Path | Sequence[str | Path], # anything rasterio opens, or single-band files on one grid
@@ -767,7 +767,7 @@ def predict_scene(
         write_polygons(path, files[-1], model.task["classes"], vector)
     return ScenePrediction(path, tuple(f for f in files if f.exists()), scene.size, time.perf_counter() - start, (done, n), valid)
 
-# %% ../nbs/23_inference.ipynb #e0d3993c
+# %% ../nbs/23_inference.ipynb #0a344552
 def _run(model, scene, plan, draft, statistics, average, precision, device, progress):
     "Computes the strips that the draft lacks; a thread writes behind. Gives the number of valid pixels."
     from rich.progress import Progress
@@ -808,7 +808,28 @@ def _publish(draft, layers, scene, model, path, tags):
             write_file(beside(path, layer.name, ".qml"), raster_style([f"expert {e}" for e in range(n)], expert_colours(n), len(layer.bands)))
         write_cog(draft, layer, scene, model.task, beside(path, layer.name), tags)
 
-# %% ../nbs/23_inference.ipynb #40efe80f
+# %% ../nbs/23_inference.ipynb #05587140
+def seam_changes(
+    path_map: str | Path, # class map
+    rows: Sequence[int], # first rows behind a border of windows
+    cols: Sequence[int], # first columns behind a border of windows
+    height: int = 512, # rows read at a time
+) -> tuple[float, float]: # share of neighbouring pixels with another class: across the borders, and elsewhere
+    "How often the class changes across window borders, and elsewhere."
+    changed, pairs = np.zeros(2), np.zeros(2)
+    with open_raster(path_map) as source:
+        at_row, at_col = np.zeros(source.height, int), np.zeros(source.width, int)
+        at_row[list(rows)], at_col[list(cols)] = 1, 1
+        for top in range(0, source.height, height):
+            begin = max(top - 1, 0)
+            part = source.read(1, window=((begin, min(top + height, source.height)), (0, source.width)))
+            for a, b, where in ((part[:-1], part[1:], at_row[begin + 1:begin + len(part), None]), (part[top - begin:, :-1], part[top - begin:, 1:], at_col[None, 1:])):
+                known, where = (a != source.nodata) & (b != source.nodata), np.broadcast_to(where, a.shape)
+                for k in (0, 1): pairs[k], changed[k] = pairs[k] + (known & (where == k)).sum(), changed[k] + (known & (where == k) & (a != b)).sum()
+    elsewhere, across = changed / np.maximum(pairs, 1)
+    return float(across), float(elsewhere)
+
+# %% ../nbs/23_inference.ipynb #68b506e6
 @dataclass(frozen=True)
 class SceneJob:
     "Predicts one scene into a folder: a function of its path."
@@ -845,7 +866,7 @@ def predict_scenes(
     if each is map and isinstance(model, (str, Path)): model = Segmentor.from_pretrained(model)
     return dict(zip(names, each(SceneJob(model, Path(to), options), scenes)))
 
-# %% ../nbs/23_inference.ipynb #b7e5c496
+# %% ../nbs/23_inference.ipynb #c8c22d3a
 def evaluate_scene(
     model: nn.Module, # as for `predict_scene`
     path_in: str | Path | Sequence[str | Path], # scene
