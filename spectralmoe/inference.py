@@ -8,7 +8,7 @@ __all__ = ['LAYERS', 'Part', 'Scene', 'look_at_scene', 'check_scene', 'Side', 'l
            'Draft', 'describe_rows', 'write_cog', 'raster_style', 'write_polygons', 'ScenePrediction', 'beside',
            'trained_on', 'predict_scene', 'seam_changes', 'SceneJob', 'predict_scenes', 'evaluate_scene']
 
-# %% ../nbs/23_inference.ipynb #6ed0b6ac
+# %% ../nbs/23_inference.ipynb #76fbb90a
 import json
 import math
 import os
@@ -42,7 +42,7 @@ from .reading.masks import read_mask, to_classes
 from .reading.rasters import ImageHeader, _read, is_virtual, open_raster, read_header, warn_together
 from .routing import _on_grid, expert_colours
 
-# %% ../nbs/23_inference.ipynb #289534e5
+# %% ../nbs/23_inference.ipynb #46d7f627
 class Part(NamedTuple):
     "A file of a scene, and which of its bands are read."
     path: str # file, or what GDAL takes for one
@@ -74,7 +74,7 @@ def _remedy():
     try: yield
     except ValueError as error: raise ValueError(said(error)) from None
 
-# %% ../nbs/23_inference.ipynb #f4be466c
+# %% ../nbs/23_inference.ipynb #7beafd0d
 def look_at_scene(
     paths: str | Path | Sequence[str | Path], # one raster, or single-band files on one grid
     wanted: Sequence[str], # bands of the model, names or common names
@@ -113,7 +113,7 @@ def _as_named(files, bands):
         f"{few(files, 3)}: {len(names)} bands without names, and sensor=None: say what took the scene (sensor='sentinel2', ...), or name the bands in bands=")
     return Sensor("not said", [NamedBand(n, math.nan, math.nan) for n in names])
 
-# %% ../nbs/23_inference.ipynb #71526734
+# %% ../nbs/23_inference.ipynb #2c609885
 def _stack(files, sensor, wanted, bands):
     "Parts of a scene whose bands are one file each, in the order of the model."
     if bands and len(bands) != len(files): raise ValueError(f"{len(files)} files and {len(bands)} names in bands= ({few(bands)}); expected one name per file")
@@ -138,7 +138,7 @@ def _stack(files, sensor, wanted, bands):
 
 def _grid_line(grid): return f"{grid[0][0]} x {grid[0][1]} px, transform {tuple(round(v, 6) for v in grid[1])}, {grid[2] or 'no crs'}"
 
-# %% ../nbs/23_inference.ipynb #9fd1edb6
+# %% ../nbs/23_inference.ipynb #385b70e7
 @patch
 @contextmanager
 def reading(self: Scene) -> Iterator[Callable]: # (row, column, height, width) -> (bands, h, w) float32, NaN where a band has nothing
@@ -163,7 +163,7 @@ def _cache(sources):
     rows = sum(512 * s.width * s.count * np.dtype(s.dtypes[0]).itemsize for s in sources if s.block_shapes[0][1] == s.width)
     return min(max(2**28, rows * 5 // 4), 2**30)
 
-# %% ../nbs/23_inference.ipynb #c07d9a8c
+# %% ../nbs/23_inference.ipynb #d0051647
 def check_scene(
     scene: Scene, # to be predicted
     statistics: Statistics, # of the model, bands in the same order
@@ -193,7 +193,7 @@ def _pixel_metres(scene):
     a, b, _, d, e, _ = scene.transform
     return abs(a * e - b * d)**0.5 * crs.linear_units_factor[1]
 
-# %% ../nbs/23_inference.ipynb #ae2ba276
+# %% ../nbs/23_inference.ipynb #4f98b1d9
 class Side(NamedTuple):
     "Windows along one side of a scene."
     n: int # pixels of the scene
@@ -230,7 +230,7 @@ def lay_windows(
     cuts = [0, *(max((ends[i - 1] + starts[i]) // 2 // step * step, starts[i]) for i in range(1, count)), up(n)]
     return Side(n, size, tuple(starts), tuple(weights), tuple(cuts))
 
-# %% ../nbs/23_inference.ipynb #9e9d6cc5
+# %% ../nbs/23_inference.ipynb #86295567
 def square_average(
     predict: Callable, # images (B, C, H, W) -> (B, K, H, W)
     images: Tensor, # (B, C, H, W)
@@ -246,7 +246,7 @@ def square_average(
             total = total + torch.rot90(out, -turns, (-2, -1))
     return total / 8
 
-# %% ../nbs/23_inference.ipynb #cd24bfc0
+# %% ../nbs/23_inference.ipynb #0ca5984d
 def ahead(
     items: Iterable, # made in a thread of its own
     depth: int = 2, # how many are made ahead
@@ -259,7 +259,7 @@ def ahead(
             waiting.append(thread.submit(next, items, end))
             yield item
 
-# %% ../nbs/23_inference.ipynb #91811ccb
+# %% ../nbs/23_inference.ipynb #4914d5fc
 @dataclass(frozen=True)
 class Plan:
     "How a scene is cut into strips, windows and batches."
@@ -283,7 +283,7 @@ class Plan:
     def first(self, strip): # the first strip that reaches into this one
         return next(k for k in range(strip + 1) if k == strip or self.bottom(k) > self.top(strip))
 
-# %% ../nbs/23_inference.ipynb #3f83ac2b
+# %% ../nbs/23_inference.ipynb #548a3558
 class Batch(NamedTuple):
     "Windows for one forward pass."
     strip: int # they belong to
@@ -317,7 +317,7 @@ def batches(
         if found: yield Batch(strip, torch.from_numpy(np.stack([x for x, _ in found])), [place for _, place in found])
         yield Batch(strip, None, [])
 
-# %% ../nbs/23_inference.ipynb #83718f68
+# %% ../nbs/23_inference.ipynb #66b5773e
 class Finished(NamedTuple):
     "Rows of the scene that no later window reaches."
     strip: int # whose end finished them
@@ -365,7 +365,7 @@ class Blend:
         below = Blend(row, self.probabilities[:, k:].clone(), self.valid[k:].copy(), {m: e[:, at[m]:].copy() for m, e in self.experts.items()})
         return above, below
 
-# %% ../nbs/23_inference.ipynb #40394c33
+# %% ../nbs/23_inference.ipynb #4f1ffc87
 def predictor(
     model: nn.Module, # a `Segmentor`, or anything with `probabilities(images)`
     average: bool = False, # over the eight positions of a square
@@ -413,7 +413,7 @@ def _own_tokens(band, modality, experts, plan, i, j, p):
     row, col, own = plan.rows.starts[i] // p, plan.cols.starts[j] // p, band.top // p
     band.experts[modality][:, top - own:bottom - own, left:right] = experts[:, top - row:bottom - row, left - col:right - col]
 
-# %% ../nbs/23_inference.ipynb #2d71ce7e
+# %% ../nbs/23_inference.ipynb #d9286e92
 class Layer(NamedTuple):
     "A raster that is written."
     name: str # "classes", "probabilities", "entropy", "margin", "experts-visual", "experts-depth"
@@ -466,7 +466,7 @@ def pixel_values(
     return {name: np.concatenate(x) for name, x in parts.items() if x} | {
         f"experts-{m}": np.ascontiguousarray(e.transpose(1, 0, 2)) for m, e in rows.experts.items()}
 
-# %% ../nbs/23_inference.ipynb #dae0f7b9
+# %% ../nbs/23_inference.ipynb #b304c600
 class Draft:
     "Rows on disk, and how far they are."
     def __init__(self,
@@ -504,7 +504,7 @@ class Draft:
         self.strips, self.valid = rows.strip + 1, self.valid + int(rows.valid.sum())
         write_json(self.folder / "journal.json", dict(strips=self.strips, valid=self.valid, about=self.about))
 
-# %% ../nbs/23_inference.ipynb #06bb7eed
+# %% ../nbs/23_inference.ipynb #954e4311
 def describe_rows(
     layer: Layer, # what the rows hold
     scene: Scene, # where they are
@@ -547,7 +547,7 @@ def _place(layer, scene):
         for name, v in scene.rpcs.items(): yield f'<MDI key="{name}">{coarse[name](float(v)) if k > 1 and name in coarse else v}</MDI>'
         yield "</Metadata>"
 
-# %% ../nbs/23_inference.ipynb #356225ad
+# %% ../nbs/23_inference.ipynb #a386a5b8
 def write_cog(
     draft: Draft, # complete
     layer: Layer, # of it
@@ -572,7 +572,7 @@ def write_cog(
     os.replace(made, path)
     return path
 
-# %% ../nbs/23_inference.ipynb #c7f821ab
+# %% ../nbs/23_inference.ipynb #9a25f4df
 def raster_style(
     names: Sequence[str], # of values 0, 1, ...
     colours: Sequence[Sequence[int]], # an (r, g, b) of 0..255 per value
@@ -583,7 +583,7 @@ def raster_style(
     return (f"<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n<qgis><pipe><rasterrenderer type=\"paletted\" band=\"{band}\" opacity=\"1\" alphaBand=\"-1\">"
             f"<colorPalette>{entries}</colorPalette></rasterrenderer></pipe></qgis>\n")
 
-# %% ../nbs/23_inference.ipynb #4c8e533b
+# %% ../nbs/23_inference.ipynb #007d11fa
 def write_polygons(
     path_map: str | Path, # class map
     path_out: str | Path, # .gpkg
@@ -656,7 +656,7 @@ def _append(path, shapes, place, crs, classes):
               layer="classes", driver="GPKG", geometry_type="Polygon", crs=crs, append=path.exists())
     return len(shapes)
 
-# %% ../nbs/23_inference.ipynb #c16b40c3
+# %% ../nbs/23_inference.ipynb #c5131177
 @dataclass(frozen=True)
 class ScenePrediction:
     "What was made of a scene."
@@ -689,7 +689,7 @@ def trained_on(
     known = BENCHMARKS.get(name) or BENCHMARKS.get(name.removesuffix("_authors"))
     return known and known.source.fed_sensor
 
-# %% ../nbs/23_inference.ipynb #ed74146f
+# %% ../nbs/23_inference.ipynb #7f354939
 def _ready(model, statistics):
     "Statistics of a model, and whether they fit its bands."
     if not hasattr(model, "probabilities"): raise TypeError(f"{type(model).__name__} has no `probabilities(images)`; expected a Segmentor, or a module with `task` and `probabilities`")
@@ -716,7 +716,7 @@ def _existing(path, key, again):
     if said.get("SPECTRALMOE_KEY") == key: return float(said["SPECTRALMOE_VALID"])
     raise FileExistsError(f"{path} is there and was made {'with another model, scene or setting' if 'SPECTRALMOE_KEY' in said else 'by something else'}: say again=True to replace it, or choose another name")
 
-# %% ../nbs/23_inference.ipynb #2666a6b8
+# %% ../nbs/23_inference.ipynb #59bbf0f1
 def predict_scene(
     model: nn.Module, # a `Segmentor`, or a module with `task`, `statistics` and `probabilities(images)`
     path_in: str | Path | Sequence[str | Path], # anything rasterio opens, or single-band files on one grid
@@ -767,7 +767,7 @@ def predict_scene(
         write_polygons(path, files[-1], model.task["classes"], vector)
     return ScenePrediction(path, tuple(f for f in files if f.exists()), scene.size, time.perf_counter() - start, (done, n), valid)
 
-# %% ../nbs/23_inference.ipynb #0a344552
+# %% ../nbs/23_inference.ipynb #4b02e14c
 def _run(model, scene, plan, draft, statistics, average, precision, device, progress):
     "Computes the strips that the draft lacks; a thread writes behind. Gives the number of valid pixels."
     from rich.progress import Progress
@@ -808,17 +808,18 @@ def _publish(draft, layers, scene, model, path, tags):
             write_file(beside(path, layer.name, ".qml"), raster_style([f"expert {e}" for e in range(n)], expert_colours(n), len(layer.bands)))
         write_cog(draft, layer, scene, model.task, beside(path, layer.name), tags)
 
-# %% ../nbs/23_inference.ipynb #05587140
+# %% ../nbs/23_inference.ipynb #15e74d48
 def seam_changes(
     path_map: str | Path, # class map
     rows: Sequence[int], # first rows behind a border of windows
     cols: Sequence[int], # first columns behind a border of windows
+    step: int = 1, # elsewhere is counted at other multiples of it only: with the model's patch, where tokens meet
     height: int = 512, # rows read at a time
 ) -> tuple[float, float]: # share of neighbouring pixels with another class: across the borders, and elsewhere
     "How often the class changes across window borders, and elsewhere."
     changed, pairs = np.zeros(2), np.zeros(2)
     with open_raster(path_map) as source:
-        at_row, at_col = np.zeros(source.height, int), np.zeros(source.width, int)
+        at_row, at_col = (np.where(np.arange(n) % step == 0, 0, -1) for n in source.shape)
         at_row[list(rows)], at_col[list(cols)] = 1, 1
         for top in range(0, source.height, height):
             begin = max(top - 1, 0)
@@ -829,7 +830,7 @@ def seam_changes(
     elsewhere, across = changed / np.maximum(pairs, 1)
     return float(across), float(elsewhere)
 
-# %% ../nbs/23_inference.ipynb #68b506e6
+# %% ../nbs/23_inference.ipynb #83b84153
 @dataclass(frozen=True)
 class SceneJob:
     "Predicts one scene into a folder: a function of its path."
@@ -866,7 +867,7 @@ def predict_scenes(
     if each is map and isinstance(model, (str, Path)): model = Segmentor.from_pretrained(model)
     return dict(zip(names, each(SceneJob(model, Path(to), options), scenes)))
 
-# %% ../nbs/23_inference.ipynb #c8c22d3a
+# %% ../nbs/23_inference.ipynb #9c57b3cb
 def evaluate_scene(
     model: nn.Module, # as for `predict_scene`
     path_in: str | Path | Sequence[str | Path], # scene
