@@ -8,7 +8,7 @@ __all__ = ['LAYERS', 'Part', 'Scene', 'look_at_scene', 'check_scene', 'Side', 'l
            'Draft', 'describe_rows', 'write_cog', 'raster_style', 'write_polygons', 'ScenePrediction', 'beside',
            'trained_on', 'predict_scene', 'seam_changes', 'SceneJob', 'predict_scenes', 'evaluate_scene']
 
-# %% ../nbs/23_inference.ipynb #76fbb90a
+# %% ../nbs/23_inference.ipynb #882b11a6
 import json
 import math
 import os
@@ -42,7 +42,7 @@ from .reading.masks import read_mask, to_classes
 from .reading.rasters import ImageHeader, _read, is_virtual, open_raster, read_header, warn_together
 from .routing import _on_grid, expert_colours
 
-# %% ../nbs/23_inference.ipynb #46d7f627
+# %% ../nbs/23_inference.ipynb #6928ea7c
 class Part(NamedTuple):
     "A file of a scene, and which of its bands are read."
     path: str # file, or what GDAL takes for one
@@ -74,7 +74,7 @@ def _remedy():
     try: yield
     except ValueError as error: raise ValueError(said(error)) from None
 
-# %% ../nbs/23_inference.ipynb #7beafd0d
+# %% ../nbs/23_inference.ipynb #6619af72
 def look_at_scene(
     paths: str | Path | Sequence[str | Path], # one raster, or single-band files on one grid
     wanted: Sequence[str], # bands of the model, names or common names
@@ -113,7 +113,7 @@ def _as_named(files, bands):
         f"{few(files, 3)}: {len(names)} bands without names, and sensor=None: say what took the scene (sensor='sentinel2', ...), or name the bands in bands=")
     return Sensor("not said", [NamedBand(n, math.nan, math.nan) for n in names])
 
-# %% ../nbs/23_inference.ipynb #2c609885
+# %% ../nbs/23_inference.ipynb #5cc9bc5b
 def _stack(files, sensor, wanted, bands):
     "Parts of a scene whose bands are one file each, in the order of the model."
     if bands and len(bands) != len(files): raise ValueError(f"{len(files)} files and {len(bands)} names in bands= ({few(bands)}); expected one name per file")
@@ -138,7 +138,7 @@ def _stack(files, sensor, wanted, bands):
 
 def _grid_line(grid): return f"{grid[0][0]} x {grid[0][1]} px, transform {tuple(round(v, 6) for v in grid[1])}, {grid[2] or 'no crs'}"
 
-# %% ../nbs/23_inference.ipynb #385b70e7
+# %% ../nbs/23_inference.ipynb #d4b4582f
 @patch
 @contextmanager
 def reading(self: Scene) -> Iterator[Callable]: # (row, column, height, width) -> (bands, h, w) float32, NaN where a band has nothing
@@ -163,14 +163,14 @@ def _cache(sources):
     rows = sum(512 * s.width * s.count * np.dtype(s.dtypes[0]).itemsize for s in sources if s.block_shapes[0][1] == s.width)
     return min(max(2**28, rows * 5 // 4), 2**30)
 
-# %% ../nbs/23_inference.ipynb #d0051647
+# %% ../nbs/23_inference.ipynb #99c7ba53
 def check_scene(
     scene: Scene, # to be predicted
     statistics: Statistics, # of the model, bands in the same order
-    gsd: float | None = None, # pixel size the model was trained on, metres; None: unknown
+    home: Sensor | None = None, # sensor that the model was trained on; None: unknown
     n: int = 8, # windows of up to 256 pixels to look at, evenly spread
 ) -> dict[str, float]: # band -> share of the pixels looked at where it has no value
-    "Warns where level, spread, holes or pixel size of a scene are far from what the model was trained on."
+    "Warns where level, spread, holes, wavelengths or pixel size of a scene are far from what the model was trained on."
     name, side = scene.parts[0].path, [min(256, s) for s in scene.size]
     grid = [(r, c) for r in range(0, scene.size[0] - side[0] + 1, side[0]) for c in range(0, scene.size[1] - side[1] + 1, side[1])]
     with scene.reading() as read:
@@ -181,10 +181,19 @@ def check_scene(
     if valid.any():
         batch = dict(image=torch.from_numpy(pixels)[None, ..., None], valid=torch.from_numpy(valid)[None, :, None])
         first_batch_report(batch, statistics, scene.sensor, about=name)
-    own = _pixel_metres(scene)
+    for text in _other_bands(scene.sensor, home, statistics.bands) if home else (): warnings.warn(f"{name}: {text}", stacklevel=2)
+    own, gsd = _pixel_metres(scene), home and home.gsd
     if own and gsd and not 0.4 < own / gsd < 2.5: warnings.warn(
         f"{name}: its pixels are {own:.3g} m wide, those the model was trained on {gsd:.3g} m: objects have another size for it; resample the scene to about {gsd:.3g} m", stacklevel=2)
     return holes
+
+def _other_bands(sensor, home, names):
+    "Bands of one name at wavelengths that do not touch."
+    for band, name in zip(sensor.bands, names):
+        try: known = home.bands[home.index(name)]
+        except KeyError: continue
+        if abs(band.center - known.center) > (band.width + known.width) / 2: yield ( # never so where a centre is NaN, unknown
+            f"band {name} is at {band.center:g} um, the model was trained on {known.center:g} um ({home.name}): name the band that is nearer to it, or expect other classes")
 
 def _pixel_metres(scene):
     "Side of a pixel; None where the coordinates are no lengths."
@@ -193,7 +202,7 @@ def _pixel_metres(scene):
     a, b, _, d, e, _ = scene.transform
     return abs(a * e - b * d)**0.5 * crs.linear_units_factor[1]
 
-# %% ../nbs/23_inference.ipynb #4f98b1d9
+# %% ../nbs/23_inference.ipynb #6b1fc091
 class Side(NamedTuple):
     "Windows along one side of a scene."
     n: int # pixels of the scene
@@ -202,7 +211,11 @@ class Side(NamedTuple):
     weights: tuple[np.ndarray, ...] # per window, a weight per pixel inside the scene, float32; their sum over windows is 1
     cuts: tuple[int, ...] # the part of window i that is nearest to it: cuts[i] to cuts[i + 1]
 
-    def inside(self, i): return min(self.size, self.n - self.starts[i]) # pixels of window i in the scene
+    def inside(self,
+        i: int, # number of a window
+    ) -> int:
+        "Pixels of a window that lie in the scene."
+        return min(self.size, self.n - self.starts[i])
 
 def lay_windows(
     n: int, # pixels of this side of the scene
@@ -230,7 +243,7 @@ def lay_windows(
     cuts = [0, *(max((ends[i - 1] + starts[i]) // 2 // step * step, starts[i]) for i in range(1, count)), up(n)]
     return Side(n, size, tuple(starts), tuple(weights), tuple(cuts))
 
-# %% ../nbs/23_inference.ipynb #86295567
+# %% ../nbs/23_inference.ipynb #3817e285
 def square_average(
     predict: Callable, # images (B, C, H, W) -> (B, K, H, W)
     images: Tensor, # (B, C, H, W)
@@ -246,7 +259,7 @@ def square_average(
             total = total + torch.rot90(out, -turns, (-2, -1))
     return total / 8
 
-# %% ../nbs/23_inference.ipynb #0ca5984d
+# %% ../nbs/23_inference.ipynb #92a74603
 def ahead(
     items: Iterable, # made in a thread of its own
     depth: int = 2, # how many are made ahead
@@ -259,7 +272,7 @@ def ahead(
             waiting.append(thread.submit(next, items, end))
             yield item
 
-# %% ../nbs/23_inference.ipynb #4914d5fc
+# %% ../nbs/23_inference.ipynb #45d3e1bc
 @dataclass(frozen=True)
 class Plan:
     "How a scene is cut into strips, windows and batches."
@@ -273,17 +286,26 @@ class Plan:
         per, n = max(1, -(-self.batch // len(self.cols.starts))), len(self.rows.starts)
         return [(i, min(i + per, n)) for i in range(0, n, per)]
 
-    def top(self, strip): # first pixel row of a strip; the scene's height behind the last
+    def top(self,
+        strip: int, # number of a strip, or of the one behind the last
+    ) -> int:
+        "First pixel row of a strip; the scene's height behind the last."
         return self.rows.starts[self.strips[strip][0]] if strip < len(self.strips) else self.rows.n
 
-    def bottom(self, strip): # behind the last pixel row that a strip touches
+    def bottom(self,
+        strip: int, # number of a strip
+    ) -> int:
+        "The row behind the last that a strip touches."
         last = self.strips[strip][1] - 1
         return self.rows.starts[last] + self.rows.inside(last)
 
-    def first(self, strip): # the first strip that reaches into this one
+    def first(self,
+        strip: int, # number of a strip
+    ) -> int:
+        "The first strip that reaches into this one: where to begin if its rows are wanted."
         return next(k for k in range(strip + 1) if k == strip or self.bottom(k) > self.top(strip))
 
-# %% ../nbs/23_inference.ipynb #548a3558
+# %% ../nbs/23_inference.ipynb #74979e57
 class Batch(NamedTuple):
     "Windows for one forward pass."
     strip: int # they belong to
@@ -317,7 +339,7 @@ def batches(
         if found: yield Batch(strip, torch.from_numpy(np.stack([x for x, _ in found])), [place for _, place in found])
         yield Batch(strip, None, [])
 
-# %% ../nbs/23_inference.ipynb #66b5773e
+# %% ../nbs/23_inference.ipynb #b013f379
 class Finished(NamedTuple):
     "Rows of the scene that no later window reaches."
     strip: int # whose end finished them
@@ -365,7 +387,7 @@ class Blend:
         below = Blend(row, self.probabilities[:, k:].clone(), self.valid[k:].copy(), {m: e[:, at[m]:].copy() for m, e in self.experts.items()})
         return above, below
 
-# %% ../nbs/23_inference.ipynb #4f1ffc87
+# %% ../nbs/23_inference.ipynb #45f0f391
 def predictor(
     model: nn.Module, # a `Segmentor`, or anything with `probabilities(images)`
     average: bool = False, # over the eight positions of a square
@@ -413,7 +435,7 @@ def _own_tokens(band, modality, experts, plan, i, j, p):
     row, col, own = plan.rows.starts[i] // p, plan.cols.starts[j] // p, band.top // p
     band.experts[modality][:, top - own:bottom - own, left:right] = experts[:, top - row:bottom - row, left - col:right - col]
 
-# %% ../nbs/23_inference.ipynb #d9286e92
+# %% ../nbs/23_inference.ipynb #2678f8ee
 class Layer(NamedTuple):
     "A raster that is written."
     name: str # "classes", "probabilities", "entropy", "margin", "experts-visual", "experts-depth"
@@ -423,7 +445,11 @@ class Layer(NamedTuple):
     scale: float = 1.0 # value = number * scale
     side: int = 1 # of its pixels, in pixels of the scene
 
-    def size(self, scene): return tuple(-(-n // self.side) for n in scene)
+    def size(self,
+        scene: tuple[int, int], # height and width of the scene, pixels
+    ) -> tuple[int, int]:
+        "Height and width of the layer, its own pixels."
+        return tuple(-(-n // self.side) for n in scene)
 
 LAYERS = ("probabilities", "entropy", "margin", "experts") # besides the classes
 
@@ -466,7 +492,7 @@ def pixel_values(
     return {name: np.concatenate(x) for name, x in parts.items() if x} | {
         f"experts-{m}": np.ascontiguousarray(e.transpose(1, 0, 2)) for m, e in rows.experts.items()}
 
-# %% ../nbs/23_inference.ipynb #b304c600
+# %% ../nbs/23_inference.ipynb #71765751
 class Draft:
     "Rows on disk, and how far they are."
     def __init__(self,
@@ -488,7 +514,11 @@ class Draft:
                 if not old.name.startswith("."): old.unlink()
             for layer in layers: self.file(layer).touch()
 
-    def file(self, layer): return self.folder / f"{layer.name}.rows"
+    def file(self,
+        layer: Layer, # one of the layers
+    ) -> Path:
+        "Where its rows are: row by row, in a row band by band."
+        return self.folder / f"{layer.name}.rows"
 
     def write(self,
         rows: Finished, # the next strip
@@ -504,7 +534,7 @@ class Draft:
         self.strips, self.valid = rows.strip + 1, self.valid + int(rows.valid.sum())
         write_json(self.folder / "journal.json", dict(strips=self.strips, valid=self.valid, about=self.about))
 
-# %% ../nbs/23_inference.ipynb #954e4311
+# %% ../nbs/23_inference.ipynb #69f2dd8f
 def describe_rows(
     layer: Layer, # what the rows hold
     scene: Scene, # where they are
@@ -547,7 +577,7 @@ def _place(layer, scene):
         for name, v in scene.rpcs.items(): yield f'<MDI key="{name}">{coarse[name](float(v)) if k > 1 and name in coarse else v}</MDI>'
         yield "</Metadata>"
 
-# %% ../nbs/23_inference.ipynb #a386a5b8
+# %% ../nbs/23_inference.ipynb #0fe7f3a4
 def write_cog(
     draft: Draft, # complete
     layer: Layer, # of it
@@ -572,7 +602,7 @@ def write_cog(
     os.replace(made, path)
     return path
 
-# %% ../nbs/23_inference.ipynb #9a25f4df
+# %% ../nbs/23_inference.ipynb #7ad8f797
 def raster_style(
     names: Sequence[str], # of values 0, 1, ...
     colours: Sequence[Sequence[int]], # an (r, g, b) of 0..255 per value
@@ -583,7 +613,7 @@ def raster_style(
     return (f"<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n<qgis><pipe><rasterrenderer type=\"paletted\" band=\"{band}\" opacity=\"1\" alphaBand=\"-1\">"
             f"<colorPalette>{entries}</colorPalette></rasterrenderer></pipe></qgis>\n")
 
-# %% ../nbs/23_inference.ipynb #007d11fa
+# %% ../nbs/23_inference.ipynb #302fa85c
 def write_polygons(
     path_map: str | Path, # class map
     path_out: str | Path, # .gpkg
@@ -656,7 +686,7 @@ def _append(path, shapes, place, crs, classes):
               layer="classes", driver="GPKG", geometry_type="Polygon", crs=crs, append=path.exists())
     return len(shapes)
 
-# %% ../nbs/23_inference.ipynb #c5131177
+# %% ../nbs/23_inference.ipynb #20afcb1d
 @dataclass(frozen=True)
 class ScenePrediction:
     "What was made of a scene."
@@ -689,7 +719,7 @@ def trained_on(
     known = BENCHMARKS.get(name) or BENCHMARKS.get(name.removesuffix("_authors"))
     return known and known.source.fed_sensor
 
-# %% ../nbs/23_inference.ipynb #7f354939
+# %% ../nbs/23_inference.ipynb #25a3d0fe
 def _ready(model, statistics):
     "Statistics of a model, and whether they fit its bands."
     if not hasattr(model, "probabilities"): raise TypeError(f"{type(model).__name__} has no `probabilities(images)`; expected a Segmentor, or a module with `task` and `probabilities`")
@@ -716,7 +746,7 @@ def _existing(path, key, again):
     if said.get("SPECTRALMOE_KEY") == key: return float(said["SPECTRALMOE_VALID"])
     raise FileExistsError(f"{path} is there and was made {'with another model, scene or setting' if 'SPECTRALMOE_KEY' in said else 'by something else'}: say again=True to replace it, or choose another name")
 
-# %% ../nbs/23_inference.ipynb #59bbf0f1
+# %% ../nbs/23_inference.ipynb #73979a44
 def predict_scene(
     model: nn.Module, # a `Segmentor`, or a module with `task`, `statistics` and `probabilities(images)`
     path_in: str | Path | Sequence[str | Path], # anything rasterio opens, or single-band files on one grid
@@ -747,6 +777,8 @@ def predict_scene(
                  window=[plan.rows.size, plan.cols.size, overlap, batch_size], average=average, layers=[layer.name for layer in wanted],
                  statistics=statistics.to_dict(), precision=precision)
     key, files = digest(about), _files_of(path, wanted)
+    if path.exists() and any(os.path.exists(p.path) and path.samefile(p.path) for p in scene.parts): raise ValueError(
+        f"{path} is the scene itself; expected another name or folder for its map")
     path.parent.mkdir(parents=True, exist_ok=True)
     n = len(plan.strips)
     valid, done = _existing(path, key, again), 0
@@ -755,7 +787,7 @@ def predict_scene(
         with only_one(folder, f"predicting {path.name}"):
             _room(folder, wanted, scene.size)
             draft = Draft(folder, wanted, scene.size, dict(about, device=device.type, torch=torch.__version__)) # the last digits may depend on these
-            holes = check_scene(scene, statistics, home.gsd if home else None)
+            holes = check_scene(scene, statistics, home)
             done = n - draft.strips
             valid = _run(model, scene, plan, draft, statistics, average, precision, device, progress) / math.prod(scene.size)
             if not valid: _refuse_empty(scene, holes, folder)
@@ -767,7 +799,7 @@ def predict_scene(
         write_polygons(path, files[-1], model.task["classes"], vector)
     return ScenePrediction(path, tuple(f for f in files if f.exists()), scene.size, time.perf_counter() - start, (done, n), valid)
 
-# %% ../nbs/23_inference.ipynb #4b02e14c
+# %% ../nbs/23_inference.ipynb #0dd5807e
 def _run(model, scene, plan, draft, statistics, average, precision, device, progress):
     "Computes the strips that the draft lacks; a thread writes behind. Gives the number of valid pixels."
     from rich.progress import Progress
@@ -808,7 +840,7 @@ def _publish(draft, layers, scene, model, path, tags):
             write_file(beside(path, layer.name, ".qml"), raster_style([f"expert {e}" for e in range(n)], expert_colours(n), len(layer.bands)))
         write_cog(draft, layer, scene, model.task, beside(path, layer.name), tags)
 
-# %% ../nbs/23_inference.ipynb #15e74d48
+# %% ../nbs/23_inference.ipynb #a24d7a0b
 def seam_changes(
     path_map: str | Path, # class map
     rows: Sequence[int], # first rows behind a border of windows
@@ -830,7 +862,7 @@ def seam_changes(
     elsewhere, across = changed / np.maximum(pairs, 1)
     return float(across), float(elsewhere)
 
-# %% ../nbs/23_inference.ipynb #83b84153
+# %% ../nbs/23_inference.ipynb #293bb2f4
 @dataclass(frozen=True)
 class SceneJob:
     "Predicts one scene into a folder: a function of its path."
@@ -867,7 +899,7 @@ def predict_scenes(
     if each is map and isinstance(model, (str, Path)): model = Segmentor.from_pretrained(model)
     return dict(zip(names, each(SceneJob(model, Path(to), options), scenes)))
 
-# %% ../nbs/23_inference.ipynb #9c57b3cb
+# %% ../nbs/23_inference.ipynb #82e6511e
 def evaluate_scene(
     model: nn.Module, # as for `predict_scene`
     path_in: str | Path | Sequence[str | Path], # scene
