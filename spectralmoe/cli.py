@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'console', 'OPTIONAL', 'data_app', 'weights_app', 'command', 'main', 'cached_weights', 'machine', 'folders',
            'check', 'experiments', 'parse_value', 'run', 'reports', 'plain_lines', 'data_list', 'data_info',
-           'data_prepare', 'data_verify', 'data_preview', 'weights_list', 'weights_fetch', 'convert', 'demo']
+           'data_prepare', 'data_verify', 'data_preview', 'weights_list', 'weights_fetch', 'convert', 'explore', 'demo']
 
 # %% ../nbs/32_cli.ipynb #ac3aab1a
 import inspect
@@ -92,7 +92,7 @@ def folders() -> dict[str, str]: # what for -> where, and from which variable
             "weights (HF_HUB_CACHE)": HF_HUB_CACHE}
 
 # %% ../nbs/32_cli.ipynb #9791ef32
-OPTIONAL = {"plotly": "interactive figures", "peft": "LoRA and its kin", "ray": "runs on a cluster",
+OPTIONAL = {"anywidget": "the explorer in a notebook", "peft": "LoRA and its kin", "ray": "runs on a cluster",
             "torchgeo": "more backbones and data sets", "prosail": "leaf and canopy spectra",
             "jupyterlab": "reading the notebooks"}
 
@@ -323,6 +323,26 @@ def convert(
         out = checkpoints.convert(file, to, task, backbone(vfm), backbone(dfm), inflate, statistics=task and task.statistics)
     typer.echo(f"written: {out}")
     if (out / "conversion.json").is_file(): typer.echo(f"patch kernels: {read_json(out / 'conversion.json')['patch kernels']}")
+
+# %% ../nbs/32_cli.ipynb #f4665f5c
+@partial(command, html="--html")
+def explore(
+    model: str, # folder of `Segmentor.save_pretrained`, or a hub id
+    scene: Path, # a raster
+    html: Path, # the page to write; one file that needs no network
+    sensor: str | None = None, # what took it, such as sentinel2; default: bands as the file names them
+    window: str | None = None, # row,column,height,width in pixels, at most 1024 a side; default: all
+    label: Path | None = None, # mask with the codes of the model's benchmark
+    against: str | None = None, # a second model, shown beside the first
+):
+    "Looks into a model: one page to point at pixels, with experts, gates and spectra."
+    if window and not re.fullmatch(r"\d+(,\d+){3}", window): _refuse(f"window {window!r}; expected row,column,height,width such as 0,0,512,512")
+    with plain_lines():
+        from spectralmoe.explorer import routing_report
+        from spectralmoe.segmentor import Segmentor
+        models = {name: Segmentor.from_pretrained(name) for name in filter(None, (model, against))}
+        out = routing_report(models, scene, html, window=window and tuple(map(int, window.split(","))), sensor=sensor, label=label)
+    typer.echo(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
 
 # %% ../nbs/32_cli.ipynb #263f2820
 @command
