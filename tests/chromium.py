@@ -77,7 +77,7 @@ class Chromium:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def open(self, path):
-        self.call("Page.navigate", url=Path(path).as_uri() if not str(path).startswith("file:") else str(path))
+        self.call("Page.navigate", url=str(path) if str(path).startswith("file:") else Path(path).as_uri())
         self.wait(lambda: self("document.readyState") == "complete")
 
     def __call__(self, script):
