@@ -7,7 +7,7 @@ __all__ = ['MAX_SIDE', 'STATE', 'scene_sample', 'Inside', 'look_inside', 'deflat
            'pack_scene', 'pack_gates', 'explorer_module', 'plot_inside', 'explorer_page', 'Explorer', 'explore',
            'routing_report']
 
-# %% ../nbs/25_explorer.ipynb #474d131c
+# %% ../nbs/25_explorer.ipynb #41a06ae0
 import base64
 import json
 import warnings
@@ -35,7 +35,7 @@ from .reading.masks import read_mask, to_classes
 from .reading.rasters import check_header, read_image
 from .routing import RoutingMap, display_rgb, draw_experts, expert_colours, routing_maps
 
-# %% ../nbs/25_explorer.ipynb #0f65bb90
+# %% ../nbs/25_explorer.ipynb #b89c91f3
 MAX_SIDE = 1024 # pixels; one forward pass, and a page a browser opens
 
 def scene_sample(
@@ -59,7 +59,7 @@ def scene_sample(
     if not valid.any(): raise ValueError(f"scene {one.get('name') or ''}: no valid pixel; check nodata, or take another window")
     return {**one, "image": torch.where(valid, image, 0), "valid": valid}
 
-# %% ../nbs/25_explorer.ipynb #ae8d62bb
+# %% ../nbs/25_explorer.ipynb #cfd79ce5
 def _cut(one, window):
     "A window of an item; a batch of one is opened."
     one = {k: v[0] if isinstance(v, Tensor) and v.ndim > {"image": 3}.get(k, 2) and len(v) == 1 else v for k, v in one.items()}
@@ -102,7 +102,7 @@ def _read_label(model, label, window, size):
     if odd: raise ValueError(f"label holds {few(odd)}; expected class indices 0 to {len(classes) - 1}, or {IGNORE} where unknown")
     return label
 
-# %% ../nbs/25_explorer.ipynb #82a8ce92
+# %% ../nbs/25_explorer.ipynb #09f544b4
 @dataclass(frozen=True, eq=False)
 class Inside:
     "What a model made of one scene."
@@ -124,7 +124,7 @@ class Inside:
 
     def __repr__(self): return f"Inside({self})"
 
-# %% ../nbs/25_explorer.ipynb #d1bb5fc8
+# %% ../nbs/25_explorer.ipynb #1f73be63
 @torch.no_grad()
 def look_inside(
     model: torch.nn.Module, # a `Segmentor`
@@ -150,7 +150,7 @@ def look_inside(
                   scores.argmax(0).numpy(force=True), label.numpy(force=True) if known else None, routing if model.adapter else None,
                   model.task, bool(model.statistics), sensor and as_sensor(sensor))
 
-# %% ../nbs/25_explorer.ipynb #c313dd19
+# %% ../nbs/25_explorer.ipynb #f6824ae3
 def deflate8(
     values: np.ndarray, # of 0..255
 ) -> str: # base64 of a zlib stream
@@ -177,7 +177,7 @@ def averaged(
     count = np.isfinite(blocks).sum((2, 4))
     return np.where(count, np.nansum(blocks, (2, 4)) / np.maximum(count, 1), np.nan), s
 
-# %% ../nbs/25_explorer.ipynb #981cb629
+# %% ../nbs/25_explorer.ipynb #f89a1c27
 def class_spectra(
     inside: Inside, # of one scene
 ) -> dict: # names, positions, axis, units, by, means and spreads per class (None: not in the scene)
@@ -194,7 +194,7 @@ def class_spectra(
 
 def _short(values): return [float(f"{v:.5g}") for v in np.asarray(values, float)]
 
-# %% ../nbs/25_explorer.ipynb #d0375ae9
+# %% ../nbs/25_explorer.ipynb #965b1814
 def pack_scene(
     inside: Inside, # of one scene
     title: str | None = None, # over the picture; None: scene and method
@@ -235,13 +235,13 @@ def _png(rgb):
     Image.fromarray(np.rint(255 * np.asarray(rgb)).astype("uint8")).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/25_explorer.ipynb #f378a1a8
+# %% ../nbs/25_explorer.ipynb #22c2ceb0
 @cache
 def explorer_module() -> str: # JavaScript
     "The module that draws."
     return (Path(spectralmoe.__file__).parent / "assets" / "explorer.js").read_text(encoding="utf-8")
 
-# %% ../nbs/25_explorer.ipynb #bd2ea49e
+# %% ../nbs/25_explorer.ipynb #6840083a
 def plot_inside(
     scenes: Sequence[Inside], # one row each
     layer: int = -1, # whose experts, from 0; negative from the end
@@ -262,7 +262,7 @@ def plot_inside(
     plt.close(fig)
     return fig
 
-# %% ../nbs/25_explorer.ipynb #564a2368
+# %% ../nbs/25_explorer.ipynb #82a773e3
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
@@ -298,7 +298,7 @@ def explorer_page(
     return _PAGE.format(title=escape(title), about=escape(about), picture=base64.b64encode(picture).decode(), payload=safe(payload),
                         module=explorer_module().replace("export default", "const explorer ="), state=safe(dict(state or {})))
 
-# %% ../nbs/25_explorer.ipynb #a005e7c2
+# %% ../nbs/25_explorer.ipynb #0802feb8
 STATE = ("show", "opacity", "layer", "modality", "highlight", "pixel")
 
 class Explorer:
@@ -338,9 +338,11 @@ class Explorer:
 
     def picture(self) -> bytes: # PNG
         "The same, as a file."
-        buffer = BytesIO()
-        self.figure().savefig(buffer, dpi=50, format="png")
-        return buffer.getvalue()
+        from PIL import Image
+        drawn, small = BytesIO(), BytesIO()
+        self.figure().savefig(drawn, dpi=50, format="png")
+        Image.open(drawn).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+        return small.getvalue()
 
     def to_html(self,
         path: str | Path, # written whole or not at all
@@ -366,7 +368,7 @@ def _widget_class():
         state = traitlets.Dict().tag(sync=True)
     return Look
 
-# %% ../nbs/25_explorer.ipynb #27e62f47
+# %% ../nbs/25_explorer.ipynb #cb214aa8
 def explore(
     model: "torch.nn.Module | Sequence | Mapping", # a `Segmentor`; two side by side: a list, or name -> model
     scene: "Mapping | Tensor | str | Path | Sequence", # item of `SegmentationTiles`, image (C, H, W), raster; two: a list
@@ -385,7 +387,7 @@ def explore(
     titles = [f"{found[i].name}, {name}" for i, name in enumerate(named)] if named and len(scenes) == 1 else None
     return Explorer(found, titles, **state)
 
-# %% ../nbs/25_explorer.ipynb #5cd4ea57
+# %% ../nbs/25_explorer.ipynb #05a18c3f
 def routing_report(
     model: "torch.nn.Module | Sequence | Mapping", # as `explore` takes it
     scene: "Mapping | Tensor | str | Path | Sequence", # as `explore` takes it
