@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'backbone_spec', 'backbone_family', 'tokens_per_side', 'backbone_size', 'list_backbones', 'WeightReader',
-           'quiet_transformers', 'shipped_weights', 'draw_weights', 'assembled', 'encoder_weights', 'Backbone',
-           'sensors_of', 'kernel_origin', 'fit_kernel', 'load_vfm', 'crop_back', 'check_input', 'load_dfm',
+           'quiet_transformers', 'shipped_weights', 'draw_weights', 'assembled', 'with_attention', 'encoder_weights',
+           'Backbone', 'sensors_of', 'kernel_origin', 'fit_kernel', 'load_vfm', 'crop_back', 'check_input', 'load_dfm',
            'check_grids', 'CachedTokens']
 
 # %% ../nbs/14_backbones.ipynb #bd73baaa
@@ -26,16 +26,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .bands import Band, Sensor
+from .encoders.fetch import PUBLISHED, fetched
 from .encoders.files import (
     LoadReport, canonical_name, inflation, mixed_kernel, read_weights, require_complete, require_finite, resize_patch,
     resize_positions, weights_sha256)
+from .encoders.heights import HEIGHT_BACKBONES, HEIGHT_FAMILIES
 from .encoders.spectral import SPECTRAL_BACKBONES, SPECTRAL_FAMILIES, band_statistics
 from .encoders.vit import (
     FAMILIES, RGB_BACKBONES, BackboneSpec, Family, check_published, read_as, translations)
 from .files import few, nearest, read_json, replacing
 
 # %% ../nbs/14_backbones.ipynb #04185601
-BACKBONES: dict[str, BackboneSpec] = RGB_BACKBONES | SPECTRAL_BACKBONES
+BACKBONES: dict[str, BackboneSpec] = RGB_BACKBONES | SPECTRAL_BACKBONES | HEIGHT_BACKBONES
 
 def backbone_spec(
     name: str, # key of `BACKBONES`
@@ -49,7 +51,7 @@ def backbone_family(
 ) -> Family:
     "How a backbone is built, run and stored."
     if reason := backbone_spec(name).unavailable: raise NotImplementedError(f"{name}: {reason}")
-    return (FAMILIES | SPECTRAL_FAMILIES)[backbone_spec(name).family]
+    return (FAMILIES | SPECTRAL_FAMILIES | HEIGHT_FAMILIES)[backbone_spec(name).family]
 
 # %% ../nbs/14_backbones.ipynb #10c177da
 def tokens_per_side(
@@ -360,10 +362,24 @@ def assembled(
         setattr(model.get_submodule(owner), leaf, real[name])
     return model
 
+# %% ../nbs/14_backbones.ipynb #08cd7cf9
+def with_attention(
+    model: nn.Module, # the library's encoder
+    attention: str | None, # "sdpa" or "eager"; None: as it is
+    name: str, # of the backbone, for the message
+) -> nn.Module: # the same model
+    "How the encoder computes its attention; in bfloat16 on a CPU, `eager` takes about 0.6 of the time of `sdpa`."
+    if attention is None: return model
+    choose = getattr(model, "set_attn_implementation", None)
+    if choose is None or attention not in ("sdpa", "eager"): raise ValueError(
+        f"{name}: attention={attention!r}; expected {'sdpa or eager' if choose else 'None, for it is no model of transformers'}")
+    choose(attention)
+    return model
+
 # %% ../nbs/14_backbones.ipynb #10ad2d9d
 def encoder_weights(
     name: str, # key of `BACKBONES`
-    weights: str | Path | None, # "random"; a folder, file or hub id; None: shipped (`mini_`) or random
+    weights: str | Path | None, # "random"; a folder, file, hub id or key of `PUBLISHED`; None: shipped (`mini_`) or random
     seed: int, # of random weights
     patch_size: int | None, # pixels per token side; None: as in the weights
     image_size: int | None, # pixels, for learned positions; None: as in the weights
@@ -373,6 +389,7 @@ def encoder_weights(
     "An encoder's weights at the wanted patch and grid."
     family = backbone_family(name)
     if weights is None and backbone_spec(name).shipped: weights = shipped_weights(name)
+    if str(weights) in PUBLISHED and not Path(weights).exists(): weights = fetched(str(weights))
     if weights is None or weights == "random":
         size = backbone_size(name, **dims, patch_size=patch_size, image_size=image_size)
         return draw_weights(family.build(size), seed).state_dict(), size, None
@@ -609,7 +626,7 @@ def fit_kernel(
 # %% ../nbs/14_backbones.ipynb #24b641c7
 def load_vfm(
     name: str, # key of `BACKBONES`, see `list_backbones()`
-    weights: str | Path | None = None, # "random"; folder, file or hub id, see above; None: shipped (`mini_`) or random
+    weights: str | Path | None = None, # "random"; folder, file, hub id or what was fetched, see above; None: shipped (`mini_`) or random
     in_bands: int | Sensor | Mapping = 3, # bands of the images, or the sensor that has them (as in `source`, too)
     inflate: str = "rgb_kept", # how further bands get kernels, see `inflation`, unless the weights hold them
     seed: int = 0, # of random weights
@@ -624,6 +641,7 @@ def load_vfm(
     n_layers: int | None = None, # blocks; None: as pretrained
     n_heads: int | None = None, # attention heads; None: as pretrained
     pad: str | None = None, # sides that are no multiple of a patch: None refuses, "replicate" or "zeros" fills up
+    attention: str | None = None, # "sdpa" or "eager", of models of transformers; None: as the library chooses
 ) -> Backbone: # frozen
     "A visual foundation model for any number of bands."
     family, (sensor, model_sensor) = backbone_family(name), sensors_of(in_bands, wavelengths)
@@ -635,7 +653,7 @@ def load_vfm(
         dim=dim, n_layers=n_layers, n_heads=n_heads)
     source = dict(name=name, weights=weights and str(weights), in_bands=given, inflate=inflate,
         seed=seed, rgb=list(rgb), extra_share=extra_share, train_extra=train_extra,
-        wavelengths=wavelengths and list(wavelengths), pad=pad, **size)
+        wavelengths=wavelengths and list(wavelengths), pad=pad, **size, **({"attention": attention} if attention else {}))
     extra, extra_bands, kernels = [], None, ""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"): # the caller's draws stay the same
         if family.needs_sensor: # takes the bands as they are
@@ -653,7 +671,7 @@ def load_vfm(
             state, size, rgb, extra, extra_bands, kernels = fit_kernel(name, state, size, mix, inflate, rgb,
                 sensor.names if sensor else [f"band {i}" for i in range(in_bands)])
             if report and in_bands != 3: report.inflated.append(f"{family.kernel}: {kernels}")
-        model = assembled(family, size, state)
+        model = with_attention(assembled(family, size, state), attention, name)
     return Backbone(model, name, source, size, rgb, extra, extra_bands, train_extra, sensor=sensor, report=report,
         pad=pad, kernels=kernels, model_sensor=model_sensor)
 
@@ -700,7 +718,7 @@ def check_input(
 # %% ../nbs/14_backbones.ipynb #2647833b
 def load_dfm(
     name: str, # key of `BACKBONES`, see `list_backbones()`
-    weights: str | Path | None = None, # "random"; folder, file or hub id, see above; None: shipped (`mini_`) or random
+    weights: str | Path | None = None, # "random"; folder, file, hub id or what was fetched, see above; None: shipped (`mini_`) or random
     seed: int = 0, # of random weights
     patch_size: int | str | None = "auto", # pixels per token side; None: as pretrained; "auto": see above
     image_size: int | None = None, # pixels, for learned positions; None: as pretrained
@@ -709,19 +727,21 @@ def load_dfm(
     n_layers: int | None = None, # blocks; None: as pretrained
     n_heads: int | None = None, # attention heads; None: as pretrained
     pad: str | None = None, # sides that are no multiple of a patch: None refuses, "replicate" or "zeros" fills up
-) -> Backbone: # for (B, 3, H, W) images in the order red, green, blue; never part of a graph
+    attention: str | None = None, # "sdpa" or "eager", of models of transformers; None: as the library chooses
+) -> Backbone: # for (B, 3, H, W) images in the order red, green, blue, or (B, 1, H, W) heights; never part of a graph
     "A depth foundation model's encoder, only read."
-    if patch_size == "auto": patch_size = None if backbone_spec(name).shipped else 16
+    if patch_size == "auto": patch_size = None if backbone_spec(name).shipped or backbone_spec(name).bands else 16
     size = dict(patch_size=patch_size, image_size=image_size, patch_resize=patch_resize,
         dim=dim, n_layers=n_layers, n_heads=n_heads)
-    source = dict(name=name, weights=weights and str(weights), seed=seed, pad=pad, **size)
+    source = dict(name=name, weights=weights and str(weights), seed=seed, pad=pad, **size, **({"attention": attention} if attention else {}))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         state, size, report = encoder_weights(name, weights, seed, **size)
-        if size["bands"] != 3: raise ValueError(
+        bands = len(backbone_spec(name).bands) or 3
+        if size["bands"] != bands: raise ValueError(
             f"{name}: the patch kernel in {weights} is for {size['bands']} bands, expected 3: a depth model sees red, "
             "green and blue; give the published weights")
-        model = assembled(backbone_family(name), size, state)
-    return Backbone(model, name, source, size, range(3), read_only=True, report=report, pad=pad)
+        model = with_attention(assembled(backbone_family(name), size, state), attention, name)
+    return Backbone(model, name, source, size, range(bands), read_only=True, report=report, pad=pad)
 
 # %% ../nbs/14_backbones.ipynb #ea36a506
 def check_grids(

@@ -20,7 +20,7 @@ from .files import few, nearest
 # %% ../nbs/02_bands.ipynb #fffccbd6
 @dataclass(frozen=True)
 class Band:
-    "One spectral band: its place in the spectrum and the scale of its stored numbers."
+    "One band: its place in the spectrum and the scale of its stored numbers; a band of heights has none (0, 0)."
     name: str # as the product names it, "B4"
     center: float # centre wavelength, micrometres
     width: float # full width, micrometres (at half maximum where that is published)
@@ -28,8 +28,14 @@ class Band:
     scale: float = 1.0 # physical value = DN * scale + offset
     offset: float = 0.0 # in physical units
 
+    light = property(lambda self: self.common != "height", doc="Whether it is light; heights above the ground, in metres, are not.")
+
     def __post_init__(self):
-        if not 0.2 <= self.center <= 15 or not 0 < self.width <= self.center:
+        if not self.light:
+            if self.center or self.width: raise ValueError(
+                f"band {self.name!r} is common='height' with center {self.center} and width {self.width}; heights have no "
+                "wavelength: expected 0 and 0")
+        elif not 0.2 <= self.center <= 15 or not 0 < self.width <= self.center:
             raise ValueError(
                 f"band {self.name!r}: center {self.center} and width {self.width}; expected "
                 "micrometres, 0.2 <= center <= 15, 0 < width <= center (in nm? divide by 1000)")
@@ -51,6 +57,7 @@ class Sensor:
     names = property(lambda self: tuple(b.name for b in self.bands), doc="Names, in file order.")
     wavelengths = property(lambda self: tuple(b.center for b in self.bands), doc="Centres, um.")
     widths = property(lambda self: tuple(b.width for b in self.bands), doc="Full widths, um.")
+    light = property(lambda self: replace(self, bands=tuple(b for b in self.bands if b.light)), doc="The bands that are light.")
 
     def __post_init__(self):
         object.__setattr__(self, "bands", tuple(self.bands))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import compress
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -654,8 +655,9 @@ def first_batch_report(
     top, nodata = values.amax(1, keepdim=True), 1 - valid.double().mean().item()
     table = pd.DataFrame(dict(min=values.amin(1), low=np.percentile(values.numpy(), 1, axis=1), mean=values.mean(1), max=top[:, 0], std=values.std(1),
                               nodata=nodata, band_nodata=list(alone.values()) or nodata, clipped=(values == top).double().mean(1)), names)
-    odd = unlike_statistics(table, statistics.mean, statistics.std) if statistics else []
-    odd += unlike_sensor(table, sensor) if sensor else []
+    light = [b.light for b in sensor.bands] if sensor else [True] * len(table) # heights differ from place to place
+    odd = unlike_statistics(table[light], *(list(compress(x, light)) for x in (statistics.mean, statistics.std))) if statistics else []
+    odd += unlike_sensor(table[light], sensor.light) if sensor else []
     if odd: warnings.warn(f"{about} looks wrong: {'; '.join(odd)}. Scaled twice, or from another product? Check scale and offset of "
                           "the bands", stacklevel=2)
     for text in lost_to_bands(alone, nodata) if alone else []: warnings.warn(f"{about}: {text}", stacklevel=2)

@@ -119,7 +119,7 @@ def make_head(
     if name not in takes: raise ValueError(f"head={name!r} is not known; expected mask2former or pixel_shuffle")
     for size in sizes:
         if size not in takes[name]: raise ValueError(f"head_sizes: {name} does not take {size!r}. {nearest(size, takes[name])}")
-    if name == "raw_conv": return RawConvHead(len(task["bands"]), n, **sizes)
+    if name == "raw_conv": return RawConvHead(sum(b != "height" for b in task["bands"]), n, **sizes)
     if name == "pixel_shuffle": return PixelShuffleHead(vfm.dim, n, vfm.patch_size)
     if config is None: return Mask2FormerHead(vfm.dim, n, linked=False, **sizes)
     return Mask2FormerHead(vfm.dim, n, linked=True, **{"n_queries": config.n_tokens, "hidden": config.query_dim, **sizes})
@@ -140,7 +140,10 @@ class Segmentor(nn.Module):
         super().__init__()
         self.task, self.method, self.settings, self.statistics = task, method, settings, statistics
         self.vfm, self.dfm, self.adapter, self.head = vfm, dfm, adapter, head
-        self.depth_rgb = [task["bands"].index(b) for b in task.get("depth_rgb", task["rgb"])] # what the depth model sees
+        bands = task["bands"]
+        self.light = [i for i, b in enumerate(bands) if b != "height"] # what the visual model sees
+        self.depth_rgb = [bands.index(b) for b in task.get("depth_rgb", task["rgb"])] # what the depth model sees
+        if dfm and dfm.in_bands == 1: self.depth_rgb = [bands.index("height")]
         self.patch = math.lcm(*(m.patch_size for m in (vfm, dfm) if m)) # pixels; sides are filled up to a multiple
         self.checkpointing = False # True: backbone activations are computed again instead of kept
         self.last_routing = [] # per layer {"visual": Routing, "depth": Routing | None}, latest forward
@@ -157,9 +160,13 @@ def assemble(cls: Segmentor,
     statistics: dict | None = None, # of the data
 ) -> Segmentor: # adapter and head drawn from the seed, each by itself
     "A model of given backbones, after checking that everything fits."
-    if vfm and vfm.in_bands != len(task["bands"]):
-        raise ValueError(f"{vfm.name} takes {vfm.in_bands} bands and {task['name']} feeds {len(task['bands'])} "
-                         f"({few(task['bands'])}): load it with in_bands=benchmark.input_sensor")
+    light = [b for b in task["bands"] if b != "height"]
+    if vfm and vfm.in_bands != len(light):
+        raise ValueError(f"{vfm.name} takes {vfm.in_bands} bands and {task['name']} feeds {len(light)} "
+                         f"({few(light)}): load it with in_bands=benchmark.input_sensor")
+    if dfm and dfm.in_bands == 1 and len(light) == len(task["bands"]): raise ValueError(
+        f"{dfm.name} reads a band of heights and {task['name']} feeds {few(task['bands'])}: give a task with heights "
+        "(`benchmarks.with_heights`, or a band 'height' in your files), or a depth model for red, green and blue")
     if dfm: check_grids(vfm, dfm, math.lcm(vfm.patch_size, dfm.patch_size), config.needs_equal_grids)
     seed = settings["seed"]
     if type(seed) is not int: raise ValueError(f"seed={seed!r}; expected a whole number")
@@ -224,13 +231,14 @@ def features(self: Segmentor,
     refine: Callable | None = None, # (tokens, depth tokens, layer, grid=) -> Refined; None: the adapter
 ) -> tuple[list[Tensor], Tensor]: # (B, N, D) after each block, and the balance loss
     "Refined tokens of every block."
-    if self.adapter is None: return self.vfm.tokens(images, checkpointing=self.checkpointing), images.new_zeros(())
+    light = images if len(self.light) == images.shape[1] else images[:, self.light]
+    if self.adapter is None: return self.vfm.tokens(light, checkpointing=self.checkpointing), images.new_zeros(())
     depth = self.dfm.tokens(images[:, self.depth_rgb]) if self.dfm else [None] * self.vfm.n_layers
     refine, refined, grid = refine or self.adapter, {}, self.vfm.grid(*images.shape[-2:])
     def between(tokens, layer):
         refined[layer] = refine(tokens, depth[layer], layer, grid=grid)
         return refined[layer].tokens
-    tokens = self.vfm.tokens(images, between, checkpointing=self.checkpointing)
+    tokens = self.vfm.tokens(light, between, checkpointing=self.checkpointing)
     layers = [refined[layer] for layer in range(len(tokens))]
     if not exporting():
         detached = lambda routing: routing and type(routing)(*(t.detach() for t in routing))
@@ -256,7 +264,7 @@ def _run(self: Segmentor, images):
     if not images.is_floating_point(): raise TypeError(f"images are {images.dtype}: standardise them to float32 first (`Statistics`)")
     images = self._filled(images, "replicate")
     if self.vfm is None:
-        return self.head(images.to(next(self.head.parameters()).dtype)), images.new_zeros(()), images.shape[-2:]
+        return self.head(images[:, self.light].to(next(self.head.parameters()).dtype)), images.new_zeros(()), images.shape[-2:]
     tokens, balance = self.features(images)
     released = METHODS[self.method].adapter == "released"
     maps = feature_pyramid(tokens, self.vfm.grid(*images.shape[-2:]), scales=self.head.scales, by_factor=released)

@@ -226,10 +226,10 @@ def merged(
 # %% ../nbs/03_tasks.ipynb #393c811a
 @patch(as_prop=True)
 def input_sensor(self: Benchmark) -> Sensor: # bands in the model's order, scale 1
-    "The bands a model is given."
+    "The bands a visual model is given: all but heights."
     if self.source.sensor is None: self._refuse(
         "the source names no sensor, so its wavelengths are unknown; set Domain(sensor=...) to a key of SENSORS or a Sensor of your own")
-    sensor = self.source.fed_sensor.select(self.bands)
+    sensor = self.source.fed_sensor.select(self.bands).light
     sensor = replace(replace(sensor, rgb=sensor.select(self.rgb).names).rescale(1.0), name=self.name, nodata=None)
     if self.wavelengths is None: return sensor
     return replace(sensor, bands=tuple(replace(b, center=w) for b, w in zip(sensor.bands, self.wavelengths)))

@@ -200,7 +200,9 @@ def on_train_batch_start(self: SegmentationTask,
     "Start the gates from the first batch of a run."
     if self.global_step == batch_idx == 0:
         torch.manual_seed(step_seed(self.seed, 0))
-        self.model.initialise(batch["image"])
+        try: self.model.initialise(batch["image"])
+        except StopIteration as error: # to Lightning it means the end of an epoch, and the run would never begin
+            raise RuntimeError("the model's initialise ended in a StopIteration, a `next` of something empty") from error
 
 @patch
 def training_step(self: SegmentationTask,

