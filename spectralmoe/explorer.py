@@ -7,7 +7,7 @@ __all__ = ['MAX_SIDE', 'STATE', 'scene_sample', 'Inside', 'look_inside', 'deflat
            'class_spectra', 'pack_scene', 'pack_gates', 'explorer_module', 'plot_inside', 'explorer_page', 'Explorer',
            'explore', 'routing_report']
 
-# %% ../nbs/25_explorer.ipynb #f3066277
+# %% ../nbs/25_explorer.ipynb #97407f91
 import base64
 import json
 import warnings
@@ -35,7 +35,7 @@ from .reading.masks import read_mask, to_classes
 from .reading.rasters import check_header, read_image
 from .routing import RoutingMap, display_rgb, draw_experts, expert_colours, routing_maps
 
-# %% ../nbs/25_explorer.ipynb #e0990285
+# %% ../nbs/25_explorer.ipynb #667ce4b1
 MAX_SIDE = 1024 # pixels; one forward pass, and a page a browser opens
 
 def scene_sample(
@@ -59,7 +59,7 @@ def scene_sample(
     if not valid.any(): raise ValueError(f"scene {one.get('name') or ''}: no valid pixel; check nodata, or take another window")
     return {**one, "image": torch.where(valid, image, 0), "valid": valid}
 
-# %% ../nbs/25_explorer.ipynb #def1270e
+# %% ../nbs/25_explorer.ipynb #07cb4ce6
 def _cut(one, window):
     "A window of an item; a batch of one is opened."
     one = {k: v[0] if isinstance(v, Tensor) and v.ndim > {"image": 3}.get(k, 2) and len(v) == 1 else v for k, v in one.items()}
@@ -102,7 +102,7 @@ def _read_label(model, label, window, size):
     if odd: raise ValueError(f"label holds {few(odd)}; expected class indices 0 to {len(classes) - 1}, or {IGNORE} where unknown")
     return label
 
-# %% ../nbs/25_explorer.ipynb #f0f484a4
+# %% ../nbs/25_explorer.ipynb #ad8eab4c
 @dataclass(frozen=True, eq=False)
 class Inside:
     "What a model made of one scene."
@@ -124,7 +124,7 @@ class Inside:
 
     def __repr__(self): return f"Inside({self})"
 
-# %% ../nbs/25_explorer.ipynb #3abc4f3d
+# %% ../nbs/25_explorer.ipynb #fc91c9b7
 @torch.no_grad()
 def look_inside(
     model: torch.nn.Module, # a `Segmentor`
@@ -150,7 +150,7 @@ def look_inside(
                   scores.argmax(0).numpy(force=True), label.numpy(force=True) if known else None, routing if model.adapter else None,
                   model.task, bool(model.statistics), sensor and as_sensor(sensor))
 
-# %% ../nbs/25_explorer.ipynb #21bbf063
+# %% ../nbs/25_explorer.ipynb #40c8b159
 def deflate8(
     values: np.ndarray, # of 0..255
 ) -> str: # base64 of a zlib stream
@@ -177,7 +177,7 @@ def averaged(
     count = np.isfinite(blocks).sum((2, 4))
     return np.where(count, np.nansum(blocks, (2, 4)) / np.maximum(count, 1), np.nan), s
 
-# %% ../nbs/25_explorer.ipynb #b65f2f93
+# %% ../nbs/25_explorer.ipynb #2728b8c7
 def light_bands(
     task: Mapping, # its "bands"
 ) -> list[int]: # positions
@@ -201,7 +201,7 @@ def class_spectra(
 
 def _short(values): return [float(f"{v:.5g}") for v in np.asarray(values, float)]
 
-# %% ../nbs/25_explorer.ipynb #6e1ecd66
+# %% ../nbs/25_explorer.ipynb #65affa87
 def pack_scene(
     inside: Inside, # of one scene
     title: str | None = None, # over the picture; None: scene and method
@@ -242,13 +242,13 @@ def _png(rgb):
     Image.fromarray(np.rint(255 * np.asarray(rgb)).astype("uint8")).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/25_explorer.ipynb #ddbfb17a
+# %% ../nbs/25_explorer.ipynb #6f29d68b
 @cache
 def explorer_module() -> str: # JavaScript
     "The module that draws."
     return (Path(spectralmoe.__file__).parent / "assets" / "explorer.js").read_text(encoding="utf-8")
 
-# %% ../nbs/25_explorer.ipynb #105914a2
+# %% ../nbs/25_explorer.ipynb #f602b8a7
 def plot_inside(
     scenes: Sequence[Inside], # one row each
     layer: int = -1, # whose experts, from 0; negative from the end
@@ -259,17 +259,19 @@ def plot_inside(
     for row, s in zip(axes, scenes):
         maps = {"label": s.label, "prediction": s.prediction}
         row[0].imshow(display_rgb(s.image, s.task), interpolation="nearest")
-        row[0].set_title(f"{s.name}, {s.method}", fontsize=8)
+        row[0].set_title("image", fontsize=8)
+        row[0].set_ylabel(s.method, fontsize=8)
         for ax, (name, classes) in zip(row[1:], maps.items()):
             ax.set_title(name if classes is not None else f"no {name}", fontsize=8)
             if classes is not None: ax.imshow(paint(classes, s.task["palette"]), interpolation="nearest")
         if s.routing: draw_experts(row[3], s.routing, "visual", layer)
         row[3].set_title(f"experts, block {range(len(s.routing.index['visual']))[layer] + 1}" if s.routing else "no experts", fontsize=8)
         for ax in row: ax.set(xticks=[], yticks=[])
+    fig.suptitle(" and ".join(dict.fromkeys(s.name for s in scenes)), fontsize=9)
     plt.close(fig)
     return fig
 
-# %% ../nbs/25_explorer.ipynb #aadf4152
+# %% ../nbs/25_explorer.ipynb #f7963462
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
@@ -305,7 +307,7 @@ def explorer_page(
     return _PAGE.format(title=escape(title), about=escape(about), picture=base64.b64encode(picture).decode(), payload=safe(payload),
                         module=explorer_module().replace("export default", "const explorer ="), state=safe(dict(state or {})))
 
-# %% ../nbs/25_explorer.ipynb #f2329805
+# %% ../nbs/25_explorer.ipynb #8bf68c76
 STATE = ("show", "opacity", "layer", "modality", "highlight", "pixel")
 
 class Explorer:
@@ -375,7 +377,7 @@ def _widget_class():
         state = traitlets.Dict().tag(sync=True)
     return Look
 
-# %% ../nbs/25_explorer.ipynb #07014f10
+# %% ../nbs/25_explorer.ipynb #02bd3fcd
 def explore(
     model: "torch.nn.Module | Sequence | Mapping", # a `Segmentor`; two side by side: a list, or name -> model
     scene: "Mapping | Tensor | str | Path | Sequence", # item of `SegmentationTiles`, image (C, H, W), raster; two: a list
@@ -394,7 +396,7 @@ def explore(
     titles = [f"{found[i].name}, {name}" for i, name in enumerate(named)] if named and len(scenes) == 1 else None
     return Explorer(found, titles, **state)
 
-# %% ../nbs/25_explorer.ipynb #d71d9c12
+# %% ../nbs/25_explorer.ipynb #e95cfe8b
 def routing_report(
     model: "torch.nn.Module | Sequence | Mapping", # as `explore` takes it
     scene: "Mapping | Tensor | str | Path | Sequence", # as `explore` takes it
