@@ -19,7 +19,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 WINGS = {"tutorials": "Tutorials", "": "The package, page by page", "reading": "Reading files", "simulator": "The simulated Earth", "archives": "Published data sets",
-         "encoders": "Encoders", "reporting": "Records and reports", "experiments": "Experiments"}  # folder of nbs -> heading, in reading order
+         "encoders": "Encoders", "tuning": "Ways of tuning", "reporting": "Records and reports", "experiments": "Experiments"}  # folder of nbs -> heading, in reading order
 
 
 # ---------------------------------------------------------------- notebooks
@@ -112,7 +112,7 @@ def modules(root=ROOT):
     "Names of the package's modules in the order of their pages."
     found = pages(root)
     names = []
-    for folder in WINGS:
+    for folder in [*WINGS, *sorted({*found} - {*WINGS})]:
         if folder in ("experiments", "tutorials"): continue
         for page in found.get(folder, []):
             stem = Path(page).stem.partition("_")

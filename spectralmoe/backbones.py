@@ -524,9 +524,11 @@ def step(self: Backbone,
     tokens: Tensor, # (B, P + N, dim)
     args: dict, # from `embed`
     refine: Callable | None = None, # (patch tokens (B, N, dim), layer) -> the same shape
+    around: Callable | None = None, # (layer, block, tokens, run) -> what `run(tokens)` gives, changed
 ) -> Tensor: # (B, P + N, dim)
     "One block, and what `refine` makes of its patch tokens."
-    tokens = self.family.step(self.blocks[layer], tokens, args)
+    run = partial(self.family.step, self.blocks[layer], args=args)
+    tokens = around(layer, self.blocks[layer], tokens, run) if around else run(tokens)
     if refine is None: return tokens
     patches = self.family.patches(tokens, args, self.n_prefix_tokens)
     refined = refine(patches, layer)
@@ -541,16 +543,17 @@ def tokens(self: Backbone,
     images: Tensor, # (B, in_bands, H, W), standardised, sides multiples of `patch_size` unless `pad`
     refine: Callable | None = None, # (patch tokens (B, N, dim), layer) -> the same shape
     checkpointing: bool = False, # less memory: run blocks and refine again in backward
+    around: Callable | None = None, # (layer, block, tokens, run) -> what `run(tokens)` gives, changed
 ) -> list[Tensor]: # n_layers x (B, N, dim) patch tokens after each block (refined), un-normed
     "Patch tokens after every block."
-    if self.read_only and refine is not None: raise ValueError(
+    if self.read_only and (refine or around): raise ValueError(
         f"{self.name} was loaded by load_dfm, which is only read: refine a model from load_vfm")
     self.check_images(images)
     outputs, run = [], partial(checkpoint, self.step, use_reentrant=False) if checkpointing else self.step
     with torch.set_grad_enabled(torch.is_grad_enabled() and not self.read_only):
         tokens, args = self.embed(images)
         for layer in range(self.n_layers):
-            tokens = run(layer, tokens, args, refine)
+            tokens = run(layer, tokens, args, refine, around)
             outputs.append(self.family.patches(tokens, args, self.n_prefix_tokens))
     return outputs
 

@@ -7,7 +7,7 @@ __all__ = ['RELEASED_MAPS', 'RELEASED_BUFFERS', 'RELEASED_PREFIX', 'HEAD_PREFIX'
            'REIN_NAMES', 'REIN_CONTENT', 'read_checkpoint', 'released_shapes', 'convert_released_adapter',
            'released_adapter_state', 'convert_mmseg_head', 'mmseg_head_state', 'convert_released', 'released_state',
            'released_sizes', 'segmentor_from_released', 'to_released', 'convert', 'rein_shapes', 'convert_rein',
-           'rein_state']
+           'rein_state', 'segmentor_from_rein', 'to_rein']
 
 # %% ../nbs/18_checkpoints.ipynb #b952ce9a
 import re
@@ -217,22 +217,25 @@ def released_state(
             **{HEAD_PREFIX + k: v for k, v in mmseg_head_state(part("head.")).items()}}
 
 # %% ../nbs/18_checkpoints.ipynb #c836fa89
+def _head_sizes(ours, **known):
+    "Arguments of a Mask2Former head, from the shapes of its tensors."
+    count = lambda part: 1 + max(int(m[1]) for k in ours if (m := re.match(rf"head\.{part}\.layers\.(\d+)\.", k)))
+    encoder, decoder = "pixel_decoder.encoder", "transformer.decoder"
+    rows = lambda key: ours[f"head.{key}.weight"].shape[0]
+    contents = ["transformer.queries_features"] * ("head.transformer.queries_features.weight" in ours)
+    widths = [ours[f"head.{k}.weight"].shape[1] for k in ("classifier", "transformer.level_embed", *contents)]
+    return dict(known, hidden=Counter(widths).most_common(1)[0][0], encoder_layers=count(encoder), decoder_layers=count(decoder),
+                encoder_width=rows(f"{encoder}.layers.0.fc1"), decoder_width=rows(f"{decoder}.layers.0.fc1"),
+                n_heads=rows(f"{encoder}.layers.0.self_attn.sampling_offsets") // 24) # 3 levels, 4 points, x and y
+
 def released_sizes(
     ours: Mapping[str, Tensor], # adapter.* and head.*, from `convert_released`
     where: str = "released checkpoint", # the file, for messages
 ) -> tuple[dict, dict]: # arguments of `SpectralMoEConfig`, arguments of `Mask2FormerHead`
     "The sizes of an adapter and a head, from the shapes of their tensors."
-    count = lambda part: 1 + max(int(m[1]) for k in ours if (m := re.match(rf"head\.{part}\.layers\.(\d+)\.", k)))
-    encoder, decoder = "pixel_decoder.encoder", "transformer.decoder"
     try:
         n_experts, n_tokens, rank = ours["adapter.experts.0.A"].shape
-        rows = lambda key: ours[f"head.{key}.weight"].shape[0]
-        widths = [ours[f"head.{k}.weight"].shape[1]
-            for k in ("classifier", "transformer.queries_features", "transformer.level_embed")]
-        head = dict(hidden=Counter(widths).most_common(1)[0][0], n_queries=rows("transformer.queries_features"),
-                    encoder_layers=count(encoder), decoder_layers=count(decoder),
-                    encoder_width=rows(f"{encoder}.layers.0.fc1"), decoder_width=rows(f"{decoder}.layers.0.fc1"),
-                    n_heads=rows(f"{encoder}.layers.0.self_attn.sampling_offsets") // 24) # 3 levels, 4 points, x and y
+        head = _head_sizes(ours, n_queries=ours["head.transformer.queries_features.weight"].shape[0])
     except (KeyError, ValueError) as e:
         raise ValueError(f"{where}: no Mask2Former head to be found under {HEAD_PREFIX} (looked for {e}): "
                          "it is cut off, or holds the adapter alone (`convert_released_adapter`)") from e
@@ -245,8 +248,9 @@ def _backbone(given, load, ours, **kwargs):
     named = {"name": given} if isinstance(given, str) else given
     if isinstance(named, Mapping) and backbone_family(named["name"]).needs_sensor: kwargs.pop("inflate", None)
     model = given if isinstance(given, Backbone) else load(**{**kwargs, **named})
-    wanted = dict(dim=ours["adapter.experts.0.B"].shape[-1], n_layers=sum(k.endswith(".A") for k in ours))
-    found = dict(dim=model.dim, n_layers=model.n_layers)
+    wanted = dict(zip(("n_layers", "dim"), ours["adapter.tokens.B"].shape[::2])) if "adapter.tokens.B" in ours else dict(
+        dim=ours["adapter.experts.0.B"].shape[-1], n_layers=sum(k.endswith(".A") for k in ours))
+    found = {k: getattr(model, k) for k in wanted}
     if found != wanted: raise ValueError(
         f"{model.name} has {found}, the checkpoint was trained on {wanted}: give that backbone")
     if model.source["weights"] is None and not BACKBONES[model.name].shipped: raise ValueError(
@@ -289,8 +293,8 @@ def segmentor_from_released(
 # %% ../nbs/18_checkpoints.ipynb #b4f51cee
 def _same_arithmetic(cfg):
     "Raise unless the authors' code would compute the same from the same tensors."
-    if not cfg: raise ValueError(
-        "the model has no SpectralMoE adapter, and the released layout is one: method='released'")
+    if not cfg or "perceptual" not in cfg: raise ValueError(
+        "the model has no SpectralMoE adapter, and the released layout is one: method='released' (`to_rein` for method 'rein')")
     names = ("perceptual", "combine", "fusion", "gate_weighting", "dual_gating")
     released = SpectralMoEConfig.released(cfg["dim"], cfg["n_layers"]).to_dict()
     differ = [f"{n} is {cfg[n]!r} and there {released[n]!r}" for n in names if cfg[n] != released[n]]
@@ -302,7 +306,7 @@ def to_released(
     model: Segmentor, # method "released", or another with the same arithmetic
 ) -> dict[str, Tensor]: # the authors' keys; save it as {"state_dict": ...}
     "A model's trained weights as the authors' code saves them."
-    _same_arithmetic(model.adapter.cfg.to_dict() if model.adapter else {})
+    _same_arithmetic(model.adapter and model.adapter.cfg.to_dict())
     return released_state(model.trained_state_dict())
 
 # %% ../nbs/18_checkpoints.ipynb #d23c8047
@@ -349,7 +353,7 @@ def convert(
 REIN_PREFIX = "backbone.reins."
 REIN_NAMES = {"learnable_tokens_a": "tokens.A", "learnable_tokens_b": "tokens.B", "scale": "scale",
               **{f"{old}.{part}": f"{new}.{part}" for old, new in RELEASED_MAPS.items() for part in ("weight", "bias")}}
-REIN_CONTENT = {f"querys2feat.{part}": f"to_content.{part}" for part in ("weight", "bias")}
+REIN_CONTENT = {f"querys2feat.{part}": f"to_content.{part}" for part in ("weight", "bias")} # in the head there, in the adapter here
 
 # %% ../nbs/18_checkpoints.ipynb #0baf574b
 def rein_shapes(
@@ -381,7 +385,7 @@ def convert_rein(
     if "cls_embed.weight" not in head: raise ValueError(f"{where}: no Mask2Former head under {HEAD_PREFIX}: it is cut off")
     rest = convert_mmseg_head({k: v for k, v in head.items() if k not in REIN_CONTENT})
     return {**{f"adapter.{REIN_NAMES[k]}": v for k, v in adapter.items()}, **{f"head.{k}": v for k, v in rest.items()},
-            **{f"head.{REIN_CONTENT[k]}": v for k, v in head.items() if k in REIN_CONTENT}}
+            **{f"adapter.{REIN_CONTENT[k]}": v for k, v in head.items() if k in REIN_CONTENT}}
 
 
 def rein_state(
@@ -389,8 +393,38 @@ def rein_state(
 ) -> dict[str, Tensor]: # backbone.reins.* and decode_head.*
     "Rein weights under Rein's names."
     old = {f"adapter.{new}": REIN_PREFIX + k for k, new in REIN_NAMES.items()}
-    old |= {f"head.{new}": HEAD_PREFIX + k for k, new in REIN_CONTENT.items()}
+    old |= {f"adapter.{new}": HEAD_PREFIX + k for k, new in REIN_CONTENT.items()}
     head = {k.removeprefix("head."): v for k, v in ours.items() if k.startswith("head.") and k not in old}
     _no_place("Rein weights", [k for k in ours if k not in old and not k.startswith("head.")])
     return {**{old[k]: v.clone() for k, v in ours.items() if k in old},
             **{HEAD_PREFIX + k: v for k, v in mmseg_head_state(head).items()}}
+
+# %% ../nbs/18_checkpoints.ipynb #bd111da9
+def segmentor_from_rein(
+    source: str | Path | Mapping[str, Tensor], # Rein's file with adapter and head, or its state dict
+    benchmark: str | Benchmark, # with the checkpoint's classes, in its order
+    vfm: str | dict | Backbone, # name, arguments of `load_vfm` (weights!), or a model: the one it was trained on
+    statistics: dict | None = None, # of the data the checkpoint was trained on, see `Statistics`
+) -> Segmentor: # method "rein", in eval mode
+    "A Rein checkpoint as a model."
+    b, where = find_benchmark(benchmark), "Rein state" if isinstance(source, Mapping) else str(source)
+    ours = convert_rein(source if isinstance(source, Mapping) else read_checkpoint(source), where)
+    _, n_tokens, rank = ours["adapter.tokens.A"].shape
+    content = "adapter.to_content.weight" in ours
+    n_classes = ours["head.classifier.weight"].shape[0] - 1
+    if n_classes != b.n_classes: raise ValueError(
+        f"{where} is of {n_classes} classes, {b.name} has {b.n_classes} ({few(b.classes, 3)}): "
+        "give the benchmark it was trained on, or a Benchmark of your own with its classes in order")
+    vfm = _backbone(vfm, load_vfm, ours, in_bands=b.input_sensor, train_extra=False)
+    head = _head_sizes(ours, n_queries=n_tokens)
+    model = Segmentor.build(b, vfm, None, "rein", head_sizes=head, statistics=statistics, rank=rank, content=content)
+    model.load_trained(ours, where)
+    return model.eval()
+
+def to_rein(
+    model: Segmentor, # method "rein" with low-rank tokens
+) -> dict[str, Tensor]: # Rein's keys; save it as {"state_dict": ...}
+    "A Rein model's trained weights as Rein's code saves them."
+    if model.method != "rein" or model.adapter.cfg.full_tokens: raise ValueError(
+        f"method {model.method!r}{' with full tokens' * (model.method == 'rein')} is no Rein with low-rank tokens; train with method='rein'")
+    return rein_state(model.trained_state_dict())

@@ -578,20 +578,26 @@ class StepBatches(Sampler):
         micro_batch: int | None = None, # samples per forward pass; None: all of a step
         start: int = 0, # first step
         seed: int = 0, # same seed, same batches
+        rank: int = 0, # which part of a micro-batch is wanted here, 0 to ranks - 1
+        ranks: int = 1, # devices that share a micro-batch in equal parts
     ):
         micro = batch_size if micro_batch is None else micro_batch
         if min(n, batch_size, micro) < 1 or batch_size % micro: raise ValueError(
             f"{n} tiles, batch_size={batch_size}, micro_batch={micro_batch}; expected one tile or "
             "more and a micro_batch that divides batch_size")
+        if micro % ranks or not 0 <= rank < ranks: raise ValueError(
+            f"a micro-batch of {micro} for {ranks} devices, of which this is {rank}: every device takes an equal part; "
+            "choose a number of devices that divides micro_batch (without micro_batch: batch_size)")
         self.n, self.batch_size, self.micro, self.steps = n, batch_size, micro, steps
-        self.start, self.seed = start, seed
+        self.start, self.seed, self.rank, self.part = start, seed, rank, micro // ranks
 
     def __len__(self): return (self.steps - self.start) * (self.batch_size // self.micro)
 
     def __iter__(self):
         for step in range(self.start, self.steps):
             keys = self.keys(step)
-            yield from (keys[i:i + self.micro] for i in range(0, self.batch_size, self.micro))
+            first = self.rank * self.part
+            yield from (keys[i + first:i + first + self.part] for i in range(0, self.batch_size, self.micro))
 
     def keys(self,
         step: int, # optimiser step, from 0
@@ -716,7 +722,7 @@ class DomainDataModule(LightningDataModule):
         benchmark: str | Benchmark, # name in the registry, your own, or what `build_tiles` gave
         root: str | Path | None = None, # of the data; None: SPECTRALMOE_DATA
         batch_size: int | None = None, # samples per optimiser step; None: the benchmark's
-        micro_batch: int | None = None, # samples per forward pass, divides batch_size; None: all
+        micro_batch: int | None = None, # samples per forward pass, over all devices that share it; divides batch_size; None: all
         crop: int | None = None, # side of crops and windows, pixels; None: the benchmark's
         steps: int | None = None, # optimiser steps; None: the trainer's, else the benchmark's
         seed: int = 0, # of batches and augmentation
@@ -762,6 +768,8 @@ class DomainDataModule(LightningDataModule):
     source_val = cached_property(lambda self: self._val.standardised(self.statistics))
     targets = cached_property(lambda self: {
         name: tiles.standardised(self.statistics) for name, tiles in self._targets.items()})
+    ahead = property(lambda self: dict(num_workers=self.num_workers, multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None),
+                     doc="Processes that read ahead, for a loader; forked where that is safe, so that they start at once in a process of a grid too.")
     fingerprints = cached_property(lambda self: { # of labelled domains: what a record is found by
         name: tiles.entry["fingerprint"] if tiles.entry else tiles.fingerprint()
         for name, tiles in self.domains.items() if name in self.labelled})
@@ -912,15 +920,16 @@ def train_dataloader(self: DomainDataModule) -> DataLoader: # micro-batches
     if self.steps and asked > self.steps: raise ValueError(
         f"the trainer takes max_steps={asked}, the data have steps={self.steps}: give one")
     steps = asked if asked > 0 else self.steps or self.benchmark.steps
-    keys = StepBatches(len(self.source_train), self.batch_size, steps, self.micro_batch, start, self.seed)
-    return DataLoader(self.source_train.crops(self.crop, self.augment), collate_fn=collate, num_workers=self.num_workers, batch_sampler=keys)
+    place = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
+    keys = StepBatches(len(self.source_train), self.batch_size, steps, self.micro_batch, start, self.seed, *place)
+    return DataLoader(self.source_train.crops(self.crop, self.augment), collate_fn=collate, batch_sampler=keys, **self.ahead)
 
 @patch
 def window_loader(self: DomainDataModule,
     tiles: SegmentationTiles, # standardised
 ) -> DataLoader: # windows, every pixel once
     "Tiles for evaluation."
-    return DataLoader(tiles.windows(self.crop), collate_fn=collate, num_workers=self.num_workers, batch_size=self.micro_batch or self.batch_size)
+    return DataLoader(tiles.windows(self.crop), collate_fn=collate, batch_size=self.micro_batch or self.batch_size, **self.ahead)
 
 @patch
 def val_dataloader(self: DomainDataModule) -> DataLoader: # windows, every pixel once
@@ -931,3 +940,18 @@ def val_dataloader(self: DomainDataModule) -> DataLoader: # windows, every pixel
 def target_dataloaders(self: DomainDataModule) -> dict[str, DataLoader]: # domain -> windows, every pixel once
     "The labelled targets, for evaluation."
     return {name: self.window_loader(tiles) for name, tiles in self.targets.items() if name in self.labelled}
+
+# %% ../nbs/05_datasets.ipynb #97693123
+@patch
+def class_weights(self: DomainDataModule,
+    cap: float = 10.0, # the largest weight, 1 or more
+) -> list[float]: # one per class; 1 for a class without a pixel in the training images
+    "Inverse frequency of the classes in the training images, capped."
+    if isinstance(cap, bool) or not 1 <= cap < float("inf"): raise ValueError(f"cap={cap!r}; expected a finite number of 1 or more")
+    meaning, counts = dict(zip(*(a.tolist() for a in label_codes(self.benchmark.label_map)))), np.zeros(self.benchmark.n_classes)
+    self._train.label_counts() # refuses values that have no meaning
+    for value, n in self._train.label_values().items():
+        if meaning[value] != IGNORE: counts[meaning[value]] += n
+    there = counts > 0
+    weights = np.minimum(cap, counts.sum() / (max(there.sum(), 1) * np.where(there, counts, 1)))
+    return np.where(there, weights, 1).tolist()

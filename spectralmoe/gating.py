@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'WEIGHTINGS', 'GATE_INITS', 'Routing', 'EuclideanDistance', 'exporting', 'expert_scores', 'smooth_load',
-           'cv_squared', 'pick_prototypes', 'NoisyTopKGate']
+           'cv_squared', 'pick_prototypes', 'Share', 'share', 'shared_batch', 'own_rows', 'batch_sum', 'NoisyTopKGate']
 
 # %% ../nbs/10_gating.ipynb #ade200c7
 import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -108,6 +110,51 @@ def pick_prototypes(
         centres, _ = kmeans2(distinct.double().numpy(), n_experts, iter=20, minit="++", rng=seed)
     return torch.from_numpy(centres).to(tokens)
 
+# %% ../nbs/10_gating.ipynb #096f8b23
+class Share(NamedTuple):
+    "Which part of a batch is here."
+    rank: int # 0 to count - 1
+    count: int # processes of `torch.distributed` that hold equal parts, in the order of their ranks
+
+_here: list[Share | None] = [None]
+
+def share() -> Share | None: # None: the whole batch is here
+    "Which part of the batch the gates and losses of this process look at."
+    return _here[0]
+
+@contextmanager
+def shared_batch(
+    part: Share | None, # what is here; None: everything
+):
+    "Within this block a batch is a part of one."
+    before, _here[0] = _here[0], part
+    try: yield
+    finally: _here[0] = before
+
+# %% ../nbs/10_gating.ipynb #77486c05
+def own_rows(
+    draw: Callable[[int], Tensor], # number of rows -> so many random rows
+    n: int, # rows that are wanted here
+    before: int | None = None, # rows of the ranks before; None: all ranks have `n`
+    total: int | None = None, # rows of all ranks; None: all ranks have `n`
+) -> Tensor: # (n, ...)
+    "Random rows for the part of a batch that is here."
+    part = share()
+    if part is None: return draw(n)
+    before, total = part.rank * n if before is None else before, part.count * n if total is None else total
+    return draw(total)[before:before + n]
+
+# %% ../nbs/10_gating.ipynb #13f88086
+def batch_sum(
+    x: Tensor, # a sum over the part of the batch that is here, the same shape on every rank
+) -> Tensor: # same shape: the sum over the whole batch; the mean over ranks of its gradients is the gradient
+    "A sum over all ranks."
+    part = share()
+    if part is None: return x
+    total = x.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total + part.count * (x - x.detach())
+
 # %% ../nbs/10_gating.ipynb #f934a69c
 WEIGHTINGS = ("topk", "none", "full")
 GATE_INITS = ("prototypes", "tokens", "zeros")
@@ -170,5 +217,5 @@ class NoisyTopKGate(nn.Module):
         if not self.training and noise is None: return scores, scores, None
         if noise_logits is None: noise_logits = f @ self.noise_weight.to(f.dtype).T
         std = nn.functional.softplus(noise_logits.to(f.dtype)) + 1e-2
-        noise = torch.randn_like(scores) if noise is None else noise
+        if noise is None: noise = own_rows(lambda n: scores.new_empty(n, self.n_experts).normal_(), len(scores))
         return scores, scores + noise * std, std

@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['pyramid_blocks', 'feature_pyramid', 'check_labels', 'class_masks', 'query_scores', 'mask2former_config',
-           'init_deformable_', 'init_mask2former_', 'query_states', 'Predictions', 'matching_loss', 'Mask2FormerHead',
-           'pixel_cross_entropy', 'DenseHead', 'PixelShuffleHead', 'RawConvHead']
+           'init_deformable_', 'init_mask2former_', 'query_states', 'Predictions', 'DrawnForAll', 'part_of_batch',
+           'matching_loss', 'Mask2FormerHead', 'pixel_cross_entropy', 'DenseHead', 'PixelShuffleHead', 'LinearHead',
+           'RawConvHead', 'weigh_classes']
 
 # %% ../nbs/15_head.ipynb #ee151e97
 import math
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .benchmarks import IGNORE
+from .gating import batch_sum, own_rows, share
 
 # %% ../nbs/15_head.ipynb #15e4f6e7
 def pyramid_blocks(
@@ -166,6 +170,7 @@ def query_states(
     transformer: nn.Module, # the library's Mask2FormerTransformerModule
     features: Sequence[Tensor], # four (B, D, h, w) maps, fine to coarse
     positions: Tensor, # (Q, hidden) position of each query
+    content: Tensor | None = None, # (Q, hidden) of each query at the start; None: the table
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]: # (Q, B, hidden) states, (B, Q, h, w) masks
     "What each query holds and covers, before the first and after every decoder layer."
     def per_image(table): return table[:, None].expand(-1, features[0].shape[0], -1)
@@ -178,7 +183,7 @@ def query_states(
         places.append(place.flatten(2).permute(2, 0, 1)) # (hw, b, hidden)
         memories.append(memory.flatten(2).permute(2, 0, 1))
     said = transformer.decoder(
-        inputs_embeds=per_image(transformer.queries_features.weight),
+        inputs_embeds=per_image(transformer.queries_features.weight if content is None else content),
         query_position_embeddings=per_image(positions),
         multi_stage_positional_embeddings=places, encoder_hidden_states=memories,
         pixel_embeddings=pixels.mask_features,
@@ -190,6 +195,60 @@ class Predictions(NamedTuple):
     "What the queries predict, before the first and after every decoder layer; the last one counts."
     classes: tuple[Tensor, ...] # each (B, Q, K + 1) logits, last "no object"
     masks: tuple[Tensor, ...] # each (B, Q, h, w) logits at the size of the finest map
+
+# %% ../nbs/15_head.ipynb #cab24940
+class DrawnForAll(TorchFunctionMode):
+    "Inside, `torch.rand` draws for the masks of all ranks and keeps the rows of this one."
+    def __init__(self,
+        masks: Tensor, # (count,) masks that each rank compares
+        rank: int, # of this process
+    ):
+        super().__init__()
+        self.before, self.total, self.matching = int(masks[:rank].sum()), int(masks.sum()), False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.rand or self.matching: return func(*args, **(kwargs or {}))
+        rows, *size = args
+        return own_rows(lambda n: func(n, *size, **(kwargs or {})), rows, self.before, self.total)
+
+@contextmanager
+def part_of_batch(
+    criterion: nn.Module, # the library's Mask2FormerLoss
+    output: Predictions, # what the queries of this part predict
+    classes: list[Tensor], # (n,) classes of the masks of each image of this part
+):
+    "Within this block the criterion gives what this rank adds to the loss of the whole batch, times the number of ranks."
+    part = share()
+    if part is None:
+        yield
+        return
+    images, queries, _ = output.classes[-1].shape
+    known = [len(c) for c in classes]
+    counts = torch.zeros(part.count, 2, device=output.masks[-1].device)
+    counts[part.rank] = counts.new_tensor([sum(known), sum(min(n, queries) for n in known)])
+    counts = batch_sum(counts)
+    drawn = DrawnForAll(counts[:, 1], part.rank)
+    own_labels = criterion.loss_labels
+    def loss_labels(logits, labels, indices):
+        w = criterion.empty_weight
+        matched = torch.cat([c[j] for c, (_, j) in zip(labels, indices)])
+        here = w[matched].sum() + (images * queries - len(matched)) * w[-1]
+        return {name: loss * here * part.count / batch_sum(here) for name, loss in own_labels(logits, labels, indices).items()}
+    def match(begins):
+        def hook(*_): # points of the images of other ranks are drawn and dropped
+            drawn.matching = True
+            for _ in range(images * (part.rank if begins else part.count - 1 - part.rank)):
+                torch.rand(1, criterion.num_points, 2, device=counts.device)
+            drawn.matching = begins
+        return hook
+    hooks = [criterion.matcher.register_forward_pre_hook(match(True)), criterion.matcher.register_forward_hook(match(False))]
+    criterion.loss_labels = loss_labels
+    criterion.get_num_masks = lambda *_, **__: counts[:, 0].sum().clamp(min=1) / part.count
+    try:
+        with drawn: yield
+    finally:
+        for hook in hooks: hook.remove()
+        del criterion.loss_labels, criterion.get_num_masks
 
 # %% ../nbs/15_head.ipynb #55b651ce
 def matching_loss(
@@ -204,8 +263,9 @@ def matching_loss(
     with torch.autocast(labels.device.type, enabled=False):
         said = [{"class_queries_logits": c.float(), "masks_queries_logits": m.float()}
                 for c, m in zip(*output)]
-        terms = criterion(**said[-1], mask_labels=masks, class_labels=classes,
-                          auxiliary_predictions=said[:-1])
+        with part_of_batch(criterion, output, classes):
+            terms = criterion(**said[-1], mask_labels=masks, class_labels=classes,
+                              auxiliary_predictions=said[:-1])
     losses = {name: weight * sum(v for term, v in terms.items() if term.startswith(name))
               for name, weight in criterion.weight_dict.items()}
     return {"loss": sum(losses.values()), **losses}
@@ -219,6 +279,7 @@ class Mask2FormerHead(nn.Module):
         in_dim: int, # D, channels of each of the four maps
         n_classes: int, # K
         linked: bool = True, # query positions come from outside: the experts
+        contents: bool = False, # the content of queries comes from outside, too
         scales: Sequence[float] = (4, 2, 1, 0.5), # of the maps it wants, in token grids, fine to coarse
         **sizes, # arguments of `mask2former_config`
     ):
@@ -228,7 +289,7 @@ class Mask2FormerHead(nn.Module):
             raise ValueError(f"scales={tuple(scales)}; expected four sizes in token grids from fine to coarse: "
                              "(4, 2, 1, 0.5) makes strides 4 to 32 of 16 px patches, (2, 1, 0.5, 0.25) of 8 px patches")
         config = mask2former_config(n_classes, **sizes)
-        self.scales, self.wants_queries = tuple(scales), linked
+        self.scales, self.wants_queries, self.wants_content = tuple(scales), linked, contents
         self.n_queries, self.query_dim = config.num_queries, config.hidden_dim
         self.pixel_decoder = library.Mask2FormerPixelDecoder(config, feature_channels=[in_dim] * 4)
         self.transformer = library.Mask2FormerTransformerModule(config.feature_size, config)
@@ -240,11 +301,13 @@ class Mask2FormerHead(nn.Module):
         init_mask2former_(self.pixel_decoder, self.transformer)
         if linked:
             del self.transformer.queries_embedder
+        if contents: del self.transformer.queries_features
 
     def forward(
         self,
         features: Sequence[Tensor], # four (B, D, h, w) maps, fine to coarse
         queries: Tensor | None = None, # (n_queries, query_dim) positions if linked, else None
+        content: Tensor | None = None, # (n_queries, query_dim) if `contents`, else None
     ) -> Predictions: # one more than decoder layers
         "The class and mask that every query predicts."
         wanted = (self.n_queries, self.query_dim) if self.wants_queries else None
@@ -253,6 +316,9 @@ class Mask2FormerHead(nn.Module):
             raise ValueError(f"queries are {given}, this head takes {wanted}: linked=True needs "
                              "adapter.queries() (n_queries = n_tokens, hidden = query_dim), "
                              "linked=False takes none")
+        if (content is not None) != self.wants_content: raise ValueError(
+            f"content is {None if content is None else tuple(content.shape)} and contents={self.wants_content}: a head takes the content "
+            "of its queries from outside if it was built with contents=True, and only then")
         if self.query_dim == 32 and any(m.shape[-2:].numel() == 1 for m in features): raise ValueError(
             f"maps are {', '.join(' x '.join(map(str, m.shape[-2:])) for m in features)} cells: with hidden = 32 a map of one cell "
             "has one value per group, which the group norm makes constant; give larger images, or hidden = 64")
@@ -260,7 +326,7 @@ class Mask2FormerHead(nn.Module):
             "torch.onnx.export(dynamo=False) writes a Mask2Former that computes other scores, without a word: "
             "use dynamo=True, or head='pixel_shuffle'")
         positions = self.transformer.queries_embedder.weight if queries is None else queries
-        states, masks = query_states(self.pixel_decoder, self.transformer, features, positions)
+        states, masks = query_states(self.pixel_decoder, self.transformer, features, positions, content)
         return Predictions(tuple(self.classifier(s.transpose(0, 1)) for s in states), tuple(masks))
 
     def _load_from_state_dict(self, state_dict, prefix, *more):
@@ -279,16 +345,20 @@ class Mask2FormerHead(nn.Module):
 def pixel_cross_entropy(
     logits: Tensor, # (B, K, H, W) class logits
     labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
-) -> Tensor: # scalar, mean over the labelled pixels, 0 if there are none
-    "Cross entropy over labelled pixels."
+    weights: Tensor | None = None, # (K,) of the classes; None: all alike
+) -> Tensor: # scalar, weighted mean over the labelled pixels, 0 if there are none
+    "Cross entropy over labelled pixels, of all devices where several share a batch."
     check_labels(labels, logits.shape[1])
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    total = F.cross_entropy(logits.float(), labels, weights, ignore_index=IGNORE, reduction="sum")
+    known = labels != IGNORE
+    n = known.sum() if weights is None else weights[labels[known]].sum()
+    if part := share(): n = batch_sum(n.double()).to(total) / part.count
+    return total / torch.where(n > 0, n, 1)
 
 # %% ../nbs/15_head.ipynb #defb3038
 class DenseHead(nn.Module):
     "Base of heads whose output is a map of class logits (B, K, h, w)."
-    wants_queries, n_queries, query_dim = False, 0, 0
+    wants_queries, n_queries, query_dim, wants_content = False, 0, 0, False
 
     def logits(
         self,
@@ -304,7 +374,7 @@ class DenseHead(nn.Module):
         labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
     ) -> dict[str, Tensor]: # "loss", a scalar
         "Cross entropy at the size of the labels."
-        return {"loss": pixel_cross_entropy(self.logits(output, labels.shape[-2:]), labels)}
+        return {"loss": pixel_cross_entropy(self.logits(output, labels.shape[-2:]), labels, getattr(self, "class_weights", None))}
 
 # %% ../nbs/15_head.ipynb #8577efff
 class PixelShuffleHead(DenseHead):
@@ -330,6 +400,28 @@ class PixelShuffleHead(DenseHead):
         normal = [F.layer_norm(m.permute(0, 2, 3, 1), (self.linear.in_channels // 4,)).permute(0, 3, 1, 2) for m in features]
         return F.pixel_shuffle(self.linear(torch.cat(normal, 1)), self.block)
 
+# %% ../nbs/15_head.ipynb #4047a672
+class LinearHead(DenseHead):
+    "One linear map from the tokens of the last block to class logits."
+    scales = (1, 1, 1, 1)
+
+    def __init__(
+        self,
+        in_dim: int, # D, channels of each map
+        n_classes: int, # K
+    ):
+        super().__init__()
+        self.linear = nn.Conv2d(in_dim, n_classes, kernel_size=1)
+
+    def forward(
+        self,
+        features: Sequence[Tensor], # four (B, D, h, w) maps, of which the last one is read
+        queries: None = None, # not used
+    ) -> Tensor: # (B, K, h, w) class logits
+        "Class logits of every token."
+        last = features[-1].permute(0, 2, 3, 1)
+        return self.linear(F.layer_norm(last, last.shape[-1:]).permute(0, 3, 1, 2))
+
 # %% ../nbs/15_head.ipynb #fb4828bf
 class RawConvHead(DenseHead):
     "3 x 3 convolution, ReLU, 1 x 1 convolution on the image itself."
@@ -353,3 +445,18 @@ class RawConvHead(DenseHead):
     ) -> Tensor: # (B, K, H, W) class logits
         "Class logits at full resolution."
         return self.layers(features)
+
+# %% ../nbs/15_head.ipynb #cbef12e2
+def weigh_classes(
+    head: nn.Module, # any head of this page, changed in place
+    weights: Sequence[float], # one per class, above 0, in the order of the classes
+    n_classes: int, # K
+) -> None:
+    "Give classes different weights in the loss."
+    if isinstance(weights, (str, bytes)) or len(weights) != n_classes: raise ValueError(
+        f"class_weights={weights!r}: expected {n_classes} numbers, one per class; for the inverse frequency of the classes give `data.class_weights()`")
+    if wrong := [w for w in weights if isinstance(w, bool) or not 0 < w < math.inf]: raise ValueError(
+        f"class_weights: found {wrong[0]!r}, expected finite numbers above 0 (leave a class out with label_map)")
+    found = torch.tensor([float(w) for w in weights])
+    if hasattr(head, "criterion"): head.criterion.empty_weight[:-1] = found
+    else: head.register_buffer("class_weights", found, persistent=False)

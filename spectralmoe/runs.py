@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from numbers import Real
@@ -36,7 +36,7 @@ class Profile:
     vfm: dict # arguments of `load_vfm`, the visual backbone
     dfm: dict # arguments of `load_dfm`, the depth backbone
     head_sizes: dict = field(default_factory=dict) # arguments of the head; {}: the paper's
-    adapter: dict = field(default_factory=dict) # fields of SpectralMoEConfig; {}: the paper's
+    adapter: dict = field(default_factory=dict) # fields of the adapter's configuration, for every method that has them; {}: the paper's
     crop: int | None = None # side of crops and windows, pixels
     batch_size: int | None = None # images per optimiser step
     steps: int | None = None # optimiser steps
@@ -44,6 +44,7 @@ class Profile:
     precision: str = "32-true" # or "bf16-mixed"
     val_fraction: float = 0.2 # part of the source images held out
     head: str = field(default="mask2former", metadata={"since": "0.2"}) # or "pixel_shuffle"
+    class_weights: "str | list[float] | None" = field(default=None, metadata={"since": "0.3"}) # in the head's loss: "balanced", or one per class
 
     def hashed(self) -> dict: # JSON types only
         "The fields that decide which run it is."
@@ -82,9 +83,9 @@ _MORE = math.ulp(0) # the least number above 0
 RANGES: dict[str, tuple[float, float]] = { # setting -> least and most; whole numbers, but for those that begin with `_MORE` and lr
     "lr": (0, math.inf), "lrs": (_MORE, math.inf), "search": (_MORE, math.inf), "val_fraction": (_MORE, 1 - 2**-53),
     "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "severities": (1, 4),
-    **dict.fromkeys(("steps", "threads", "train_tiles", "per_domain"), (0, math.inf)),
+    **dict.fromkeys(("steps", "threads", "train_tiles", "per_domain", "num_workers"), (0, math.inf)),
     **dict.fromkeys(("processes", "crop", "batch_size", "tiles", "scenes", "search_tiles", "search_steps", "dim", "n_heads", "grid",
-                     "images", "repeats"), (1, math.inf))}
+                     "images", "repeats", "devices"), (1, math.inf))}
 
 def choices(
     name: str, # of a setting
@@ -136,6 +137,8 @@ def choose_profile(
     p = replace(p, vfm=given(p.vfm, vfm_weights), dfm=given(p.dfm, dfm_weights))
     for name in ("crop", "batch_size", "steps", "precision", "val_fraction"):
         if getattr(p, name) is not None: check_setting(name, getattr(p, name))
+    if isinstance(p.class_weights, str) and p.class_weights != "balanced": raise ValueError(
+        f"class_weights={p.class_weights!r}: expected 'balanced', one number per class, or None")
     rates = p.lr if isinstance(p.lr, Mapping) else {"": p.lr}
     check_setting("lrs", {method: rate for method, rate in rates.items() if method})
     if rates.get("") is not None: check_setting("lr", rates[""])
@@ -156,6 +159,7 @@ def load_data(
     data: str | Path | None = None, # folder the data lie under; None: SPECTRALMOE_DATA, or the cache for tiles that are made
     seed: int = 0, # of batches and augmentation
     train_tiles: int | None = None, # source images trained on; None: as the benchmark says
+    num_workers: int = 0, # processes that read ahead; the batches do not depend on it
 ) -> "DomainDataModule": # checked when training starts
     "Source and targets as every method of a benchmark is given them."
     from spectralmoe.datasets import DomainDataModule
@@ -164,7 +168,7 @@ def load_data(
     p = choose_profile(profile)
     task = build_tiles(with_structure(benchmark, p), data or None)
     return DomainDataModule(task, None, p.batch_size, crop=p.crop, seed=seed, val_fraction=p.val_fraction,
-                            augment=Compose(FlipRotate(), BandJitter()), train_tiles=train_tiles)
+                            augment=Compose(FlipRotate(), BandJitter()), train_tiles=train_tiles, num_workers=num_workers)
 
 # %% ../nbs/30_runs.ipynb #7e8e03fe
 def planned(
@@ -184,17 +188,17 @@ def planned(
     from spectralmoe.segmentor import METHODS
     p, kind, task = choose_profile(profile), METHODS[check_setting("method", method)], with_structure(benchmark, choose_profile(profile))
     for name, value in (("seed", seed), ("lr", lr), ("train_tiles", train_tiles)): check_setting(name, value)
-    known = [f.name for f in fields(SpectralMoEConfig)]
+    known = kind.takes() if kind.tuner else [f.name for f in fields(SpectralMoEConfig)]
     if wrong := [k for k in overrides or {} if k not in known]:
-        raise ValueError(f"overrides={overrides}: SpectralMoEConfig has no field {wrong[0]!r}. {nearest(wrong[0], known)}")
+        raise ValueError(f"overrides={overrides}: {(kind.config or SpectralMoEConfig).__name__} has no field {wrong[0]!r}. {nearest(wrong[0], known)}")
     if not task.simulated and (data is None or isinstance(data, (str, Path))): data = load_data(p, task, data, train_tiles=train_tiles)
     opened = None if data is None or isinstance(data, (str, Path)) else _matching(data, task, train_tiles)
     task, sizes = (opened.benchmark if opened else task), _sizes(p, task, train_tiles, opened)
     rates = p.lr if isinstance(p.lr, Mapping) else {"": p.lr}
     steps, lr = p.steps or task.steps, lr or rates.get(kind.name, rates.get("")) or task.lr
-    wanted = {"vfm": p.vfm if kind.backbone and not kind.random else None, "dfm": p.dfm if kind.adapter else None}
+    wanted = {"vfm": p.vfm if kind.backbone and not kind.random else None, "dfm": p.dfm if kind.reads_depth else None}
     config = dict(profile=replace(p, steps=steps, lr=lr).hashed(), steps=steps, lr=lr, weight_decay=task.weight_decay, power=task.power,
-                  adapter={**p.adapter, **kind.fields, **(overrides or {})} if kind.adapter else {}, **sizes,
+                  adapter={**kind.of_profile(p.adapter), **kind.fields, **(overrides or {})} if kind.config else {}, **sizes,
                   labels=digest(plain([task.classes, task.label_map, task.bands, task.rgb])),
                   weights={k: weights_hash(k, json.dumps(spec, sort_keys=True)) for k, spec in wanted.items() if spec})
     return RunRecord(experiment, task.name, method, seed, parameters or {}, data=_fingerprints(task, opened), config=config)
@@ -257,7 +261,12 @@ def run_method(
     lr: float | None = None, # at the first step; None: as the profile says, else the benchmark
     train_tiles: int | None = None, # source images trained on; None: as the benchmark says
     train: bool = True, # False: only look up what was run before; simulated tiles need not be there
-) -> RunRecord | None: # status "done"; None if it was not run and is not to be
+    num_workers: int | None = None, # processes that read ahead; None: as the data that are given have it, else 0
+    devices: "int | Sequence[int]" = 1, # of each machine, see `fit`; as all below, no part of what a run is known by
+    num_nodes: int = 1, # machines
+    strategy: str = "auto", # how several devices work together
+    logger: "Logger | Sequence[Logger] | None" = None, # of Lightning, beside record and history
+) -> RunRecord | None: # status "done" where this process writes; None if it was not run and is not to be
     "Trains on the source, scores on source validation and on every target, records it all."
     p = choose_profile(profile)
     task, opened = with_structure(benchmark, p), not (data is None or isinstance(data, (str, Path)))
@@ -266,31 +275,42 @@ def run_method(
     known = finished(record, folder, earlier=not train)
     if known or not train: return known
     module = module or load_data(p, task, data, train_tiles=train_tiles)
-    module.seed = seed
+    module.seed, module.num_workers = seed, module.num_workers if num_workers is None else check_setting("num_workers", num_workers)
+    spread, count = dict(devices=devices, num_nodes=num_nodes, strategy=strategy), (devices if isinstance(devices, int) else len(devices)) * num_nodes
+    if count > 1: record.device = f"{count} x {record.device}"
+    if not (first := _first(devices, num_nodes)): return _run(record, module, p, folder, progress, spread, logger, first)
     with only_one(Path(folder) / experiment / "models", f"running {record.benchmark} {method} seed {seed}", name=f"{record.id}."):
-        return finished(record, folder) or _run(record, module, p, folder, progress)
+        return finished(record, folder) or _run(record, module, p, folder, progress, spread, logger, first)
 
-def _run(record, module, p, folder, progress):
-    "Trains, saves, scores: in this order."
+def _first(devices, num_nodes):
+    "Does this process write? Asked before anything is imported."
+    if (devices, num_nodes) == (1, 1): return True
+    from spectralmoe.training import is_first
+    return is_first(devices, num_nodes)
+
+def _run(record, module, p, folder, progress, spread, logger, first):
+    "Trains, saves, scores: in this order. Processes that were started from outside all do so, and the first one writes."
     from spectralmoe.segmentor import METHODS, Segmentor
     from spectralmoe.training import fit
     c, steps = record.config, record.config["steps"]
     try:
-        with recording(record, folder):
+        with recording(record, folder) if first else nullcontext():
             home = run_folder(record, folder)
             module.check()
-            model = Segmentor.build(module.benchmark, p.vfm, {k: v for k, v in p.dfm.items() if k not in ("noise", "cell")}, record.method, p.head, p.head_sizes if METHODS[record.method].backbone else {},
-                                    seed=record.seed, statistics=module.statistics.to_dict(), **c["adapter"])
+            weights = module.class_weights() if p.class_weights == "balanced" else p.class_weights
+            model = Segmentor.build(module.benchmark, p.vfm, {k: v for k, v in p.dfm.items() if k not in ("noise", "cell")}, record.method, p.head, {} if METHODS[record.method].head else p.head_sizes,
+                                    seed=record.seed, statistics=module.statistics.to_dict(), class_weights=weights, **c["adapter"])
             result = fit(model, module, steps, home, lr=c["lr"], weight_decay=c["weight_decay"], power=c["power"], precision=p.precision,
-                         checkpoint_every=max(steps // 4, 1), seed=record.seed, progress=progress, log_every=max(steps // 10, 1))
-            model.save_pretrained(home / "model")
+                         checkpoint_every=max(steps // 4, 1), seed=record.seed, progress=progress, log_every=max(steps // 10, 1), logger=logger, **spread)
+            if first: model.save_pretrained(home / "model")
             images = next(iter(module.val_dataloader()))["image"].to(next(model.parameters()).device)
             record.metrics, record.peak_memory = score_domains(model, module, p.precision), result.peak_memory
             record.metrics["source"] |= dict(images_per_second=result.images_per_second, trained=int(model.summary().trained["total"]),
                                              expert_variation=model.expert_variation(images), **functional_test(model, module, p.precision))
     except OSError:
-        _write_over(record, folder)
+        if first: _write_over(record, folder)
         raise
+    if not first: return record
     for checkpoint in home.glob("*.ckpt"): checkpoint.unlink()
     return record
 
@@ -323,13 +343,13 @@ def functional_test(
     model, # a Segmentor
     module: "DomainDataModule", # of its benchmark
     precision: str = "32-true", # or "bf16-mixed"
-) -> dict[str, float]: # mIoU on source validation, a key of `FUNCTIONAL`'s values each; {} without an adapter
+) -> dict[str, float]: # mIoU on source validation, a key of `FUNCTIONAL`'s values each; {} without experts
     "Source validation with parts of the adapter left out."
-    from spectralmoe.adapter import without
+    from spectralmoe.adapter import SpectralMoE, without
     from spectralmoe.evaluation import evaluate
     def score(part):
         with without(model.adapter, part): return evaluate(model, module.val_dataloader(), module.benchmark.classes, precision).miou
-    return {key: score(part) for part, key in FUNCTIONAL.items()} if model.adapter else {}
+    return {key: score(part) for part, key in FUNCTIONAL.items()} if isinstance(model.adapter, SpectralMoE) else {}
 
 # %% ../nbs/30_runs.ipynb #ed4cc446
 def grid_cells(
@@ -370,10 +390,10 @@ def variant_cells(
         change = dict(change)
         method, dfm, lr, head = (change.pop(k, None) for k in VARIED)
         check_setting("method", method := method or "spectralmoe")
-        if change and not METHODS[method].adapter: raise ValueError(
+        if change and not METHODS[method].config: raise ValueError(
             f"variant {label!r}: method {method!r} has no adapter, so {sorted(change)} would have no effect; leave them out")
         new = {k: v for k, v in dict(dfm=dict(name=dfm) if isinstance(dfm, str) else dfm, head=head).items() if v}
-        fields = {**overrides, **change} if METHODS[method].adapter else {}
+        fields = {**METHODS[method].of_profile(overrides), **change} if METHODS[method].config else {}
         cells[label] = [dict(benchmark=task, method=method, seed=seed, profile=replace(p, **new), overrides=fields,
                              **common, **({"lr": lr} if lr else {})) for seed in seeds]
     return cells
@@ -443,7 +463,8 @@ def _worker(pipe, folder, threads, device):
     import torch
     torch.set_num_threads(threads)
     opened = {}
-    while True: pipe.send(run_cell(pipe.recv(), folder, opened))
+    with suppress(EOFError): # the process that asks has ended
+        while True: pipe.send(run_cell(pipe.recv(), folder, opened))
 
 def in_processes(
     cells: Sequence[Mapping], # arguments of `run_method` but for `folder`
@@ -453,6 +474,7 @@ def in_processes(
     device: str | None = None, # "cpu" or "cuda:0"; None: what there is
 ) -> Iterator[tuple[int, RunRecord | None]]: # position among the cells, and its record
     "Runs cells side by side."
+    alone = not any(c.get("num_workers") or c.get("devices", 1) != 1 for c in cells) # processes that start others cannot be daemons
     import multiprocessing.connection
     from spectralmoe.simulator.tiles import build_tiles
     for task in {t.name: t for c in cells if not c.get("data") for t in [find_benchmark(c["benchmark"])]}.values():
@@ -460,7 +482,7 @@ def in_processes(
     spawn, todo, busy = multiprocessing.get_context("spawn"), deque(enumerate(cells)), {}
     def new():
         pipe, theirs = spawn.Pipe()
-        process = spawn.Process(target=_worker, args=(theirs, folder, threads, device), daemon=True)
+        process = spawn.Process(target=_worker, args=(theirs, folder, threads, device), daemon=alone)
         process.start()
         theirs.close()
         return pipe, process

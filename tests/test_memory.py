@@ -14,8 +14,8 @@ HEAD = dict(hidden=32, n_queries=16, encoder_layers=1, decoder_layers=2, n_heads
 TINY = dict(benchmark="made_tiles", vfm=VFM, dfm=DFM, batch=4, crop=64, head_sizes=HEAD, n_experts=3, rank=2)
 
 
-def rest(method): return dict(method=method, head_sizes={} if method == "raw_conv" else HEAD) | (
-    {k: v for k, v in dict(n_experts=3, rank=2).items() if k not in METHODS[method].fields} if METHODS[method].adapter else {})
+def rest(method): return dict(method=method, head_sizes={} if METHODS[method].head else HEAD) | {
+    k: v for k, v in dict(n_experts=3, rank=2).items() if k in METHODS[method].takes() and k not in METHODS[method].fields}
 
 
 @pytest.mark.parametrize("change", [dict(batch=8, crop=192), dict(batch=24, crop=128, checkpointing=True)])

@@ -84,7 +84,7 @@ def test_looking_up_builds_nothing(tmp_path, monkeypatch):
 
 
 def test_fields_that_came_later_are_hashed_where_they_differ():
-    p = PROFILES["mini"]
+    p = PROFILES["mini_mask2former"]
     assert "head" not in planned("flair", "frozen", 0, p).config["profile"]
     assert planned("flair", "frozen", 0, replace(p, head="pixel_shuffle", head_sizes={})).config["profile"]["head"] == "pixel_shuffle"
 
@@ -230,10 +230,19 @@ def test_a_run_needs_no_notebook_tools(tmp_path):
 
 
 def test_mini_profile_has_the_strides_of_the_paper():
-    mini = PROFILES["mini"]
+    mini = PROFILES["mini_mask2former"]
     assert (mini.vfm, mini.dfm, mini.crop, mini.steps) == ({"name": "mini_vfm"}, {"name": "mini_dfm"}, 128, None)
     assert mini.lr == {"": 3e-3, "full": 1e-3} # as the search on source validation chose
     assert [8 / s for s in mini.head_sizes["scales"]] == [16 / s for s in (4, 2, 1, 0.5)] == [4, 8, 16, 32]
+
+
+def test_heights_are_read_in_the_place_of_a_depth_model_on_the_task_with_heights():
+    p = PROFILES["mini"]
+    known, measured = (replace(p, dfm=d) for d in (dict(name="true_heights"), dict(name="height_sensor", noise=1.0, cell=4)))
+    plain, true, noisy = (planned("loveda", "spectralmoe", 0, q, overrides=dict(fusion="add")) for q in (p, known, measured))
+    assert [r.benchmark for r in (plain, true, noisy)] == ["loveda", "loveda_heights", "loveda_heights_1m_4px"]
+    assert len({r.id for r in (plain, true, noisy)}) == 3 and true.data != noisy.data
+    assert true.config["weights"]["dfm"] == noisy.config["weights"]["dfm"] # one projection; the data differ
 
 
 @pytest.mark.parametrize("wrong, about", [(dict(methods="frozen"), "methods='frozen': expected a list"), (dict(seeds=3), "seeds=3: expected a list")])

@@ -84,10 +84,11 @@ def pooled_scores(
 ) -> dict: # as `Scores.to_dict`; {} if one of them has no confusion matrix
     "Scores of several domains taken as one."
     import torch
-    from spectralmoe.evaluation import Scores
-    counts = [values.get("confusion") for values in found]
+    from spectralmoe.evaluation import Calibration, Scores
+    counts, sure = ([values.get(key) for values in found] for key in ("confusion", "calibration"))
     if None in counts: return {}
-    return Scores(torch.tensor(counts).sum(0), tuple(found[0]["classes"])).to_dict()
+    sure = None if None in sure else Calibration.pooled([Calibration(**c) for c in sure]) # absent from older records
+    return Scores(torch.tensor(counts).sum(0), tuple(found[0]["classes"]), calibration=sure).to_dict()
 
 # %% ../../nbs/reporting/01_tables.ipynb #2c1fe609
 def row_of(
@@ -125,7 +126,8 @@ def _score(parts, domains, metric):
     return value
 
 # %% ../../nbs/reporting/01_tables.ipynb #20db8f15
-ROWS = ("raw_conv", "random", "frozen", "full", "spectralmoe", "released", "linear_path", "one_expert", "no_depth", "oracle") # order of tables
+ROWS = ("raw_conv", "random", "frozen", "full", "spectralmoe", "released", "linear_path", "one_expert", "no_depth",
+        "linear_probe", "lora", "vpt", "adaptformer", "rein", "depthforge", "fada", "fada_released", "set", "set_released", "earth_adapter", "land_moe", "oracle") # order of tables
 
 def results_table(
     records: Mapping[Path, RunRecord], # of one benchmark and its oracles, see `read_records`
