@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import spectralmoe
+from .adapter import SpectralMoE
 from .bands import Sensor, as_sensor
 from .benchmarks import BENCHMARKS, IGNORE
 from .datasets import Statistics, named_sensor
@@ -132,10 +133,10 @@ def look_inside(
     **options, # window, sensor, label: of `scene_sample`
 ) -> Inside:
     "Runs the model once and keeps everything."
-    one, scores = scene_sample(model, scene, **options), []
+    one, scores, routed = scene_sample(model, scene, **options), [], isinstance(model.adapter, SpectralMoE)
     hook = model.register_forward_hook(lambda module, given, out: scores.append(out))
     try:
-        routing = routing_maps(model, one) if model.adapter else model.predict(one["image"][None].to(next(model.parameters()).device))
+        routing = routing_maps(model, one) if routed else model.predict(one["image"][None].to(next(model.parameters()).device))
     finally: hook.remove()
     scores = scores[-1][0].float()
     p = scores.softmax(0) if isinstance(model.head, DenseHead) else scores / scores.sum(0).clamp(min=1e-12)
@@ -147,7 +148,7 @@ def look_inside(
     known = label is not None and bool((label != IGNORE).any())
     sensor = options.get("sensor") or (task.source.fed_sensor if task and list(task.bands) == list(model.task["bands"]) else None)
     return Inside(one.get("name") or "scene", model.method, torch.where(one["valid"], image, torch.nan).numpy(force=True), p.numpy(force=True),
-                  scores.argmax(0).numpy(force=True), label.numpy(force=True) if known else None, routing if model.adapter else None,
+                  scores.argmax(0).numpy(force=True), label.numpy(force=True) if known else None, routing if routed else None,
                   model.task, bool(model.statistics), sensor and as_sensor(sensor))
 
 # %% ../nbs/25_explorer.ipynb #40c8b159

@@ -240,3 +240,9 @@ def test_masks_are_read_with_the_codes_of_the_benchmark(models, tmp_path):
     assert (found.label == 2).all()
     with pytest.raises(ValueError, match="expected \\(60, 92\\)|same pixels|60"):
         look_inside(models["frozen"], scene()["image"][:, :40], label=np.zeros((60, 92), int))
+
+
+def test_other_ways_of_tuning_have_no_experts():
+    model = Segmentor.build("made_tiles", PARTS["vfm"], None, "lora", head="pixel_shuffle", statistics=PARTS["statistics"])
+    found = look_inside(model, scene())
+    assert found.routing is None and model.adapter is not None and found.prediction.shape == (60, 92)
