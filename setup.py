@@ -31,7 +31,7 @@ setup(
     include_package_data=True,
     package_data={"spectralmoe": ["assets/*.js", "assets/*/*.json", "assets/*/*.md", "assets/*/*.safetensors", "tables/*.csv", "tables/*.json"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "convert": cfg["convert_requirements"].split(), "docs": cfg["docs_requirements"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "convert", "cluster", "docs")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BINS', 'evaluating', 'sort_by_confidence', 'Calibration', 'plot_reliability', 'confusion_matrix', 'count_pixels',
-           'iou_per_class', 'Scores', 'score_table', 'plot_confusion', 'evaluate', 'Interval', 'interval', 'paired']
+           'iou_per_class', 'Scores', 'score_table', 'plot_confusion', 'evaluate', 'Interval', 'interval', 'paired',
+           'p_value', 'holm']
 
 # %% ../nbs/20_evaluation.ipynb #edd8a7d7
 import contextlib
@@ -296,3 +297,28 @@ def paired(
     if not a.keys() & b.keys():
         raise ValueError(f"no seed in common: a has {sorted(a) or 'none'}, b has {sorted(b) or 'none'}; run both with the same seeds")
     return interval([a[seed] - b[seed] for seed in a if seed in b], level)
+
+# %% ../nbs/20_evaluation.ipynb #bcd730d1
+def p_value(
+    gap: Interval, # from `paired`
+    n: int, # seeds behind it
+    level: float = 0.95, # of its interval
+) -> float: # of the two-sided t-test of "no difference"; nan for a single seed
+    "The p-value that belongs to the interval of a difference."
+    from scipy import stats
+    if n < 2 or np.isnan(gap.half_width): return float("nan")
+    if gap.half_width == 0: return float(gap.mean == 0)
+    return float(2 * stats.t.sf(abs(gap.mean) / gap.half_width * stats.t.ppf((1 + level) / 2, n - 1), n - 1))
+
+# %% ../nbs/20_evaluation.ipynb #7a63d931
+def holm(
+    p_values: Mapping[str, float], # row -> p-value; nan: no test was made
+) -> dict[str, float]: # row -> p-value after the correction, which is compared with 0.05
+    "Holm's correction for the rows of a table."
+    tests = {row: p for row, p in p_values.items() if not np.isnan(p)}
+    if wrong := {row: p for row, p in tests.items() if not 0 <= p <= 1}:
+        raise ValueError(f"p_values: found {wrong}, expected numbers from 0 to 1, or nan where no test was made")
+    corrected, least = dict(p_values), 0.0
+    for i, row in enumerate(sorted(tests, key=tests.get)):
+        corrected[row] = least = max(least, min(1.0, (len(tests) - i) * tests[row]))
+    return corrected

@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'RANGES', 'FUNCTIONAL', 'VARIED', 'Profile', 'choices', 'check_setting', 'choose_profile',
            'with_structure', 'load_data', 'planned', 'weights_hash', 'run_folder', 'run_method', 'score_domains',
            'functional_test', 'grid_cells', 'variant_cells', 'cell_names', 'run_cell', 'lost_cell', 'in_turn',
-           'in_processes', 'run_grid', 'predict_tile', 'plot_predictions']
+           'run_apart', 'on_engine', 'run_grid', 'predict_tile', 'plot_predictions']
 
 # %% ../nbs/30_runs.ipynb #ecf956af
 import json
@@ -15,15 +15,15 @@ import os
 import re
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from numbers import Real
 from pathlib import Path
 
 from .benchmarks import BENCHMARKS, SHIFTS, Benchmark, benchmark as find_benchmark, with_heights
+from .engines import Local, Lost
 from .files import digest, few, nearest, now, only_one
 from .pictures import draw_legend, paint, stretch
 from .reporting.records import RunRecord, finished, plain, recording
@@ -266,6 +266,7 @@ def run_method(
     num_nodes: int = 1, # machines
     strategy: str = "auto", # how several devices work together
     logger: "Logger | Sequence[Logger] | None" = None, # of Lightning, beside record and history
+    wait: float = 0.0, # seconds to wait for a process that trains this very run, before refusing
 ) -> RunRecord | None: # status "done" where this process writes; None if it was not run and is not to be
     "Trains on the source, scores on source validation and on every target, records it all."
     p = choose_profile(profile)
@@ -279,7 +280,7 @@ def run_method(
     spread, count = dict(devices=devices, num_nodes=num_nodes, strategy=strategy), (devices if isinstance(devices, int) else len(devices)) * num_nodes
     if count > 1: record.device = f"{count} x {record.device}"
     if not (first := _first(devices, num_nodes)): return _run(record, module, p, folder, progress, spread, logger, first)
-    with only_one(Path(folder) / experiment / "models", f"running {record.benchmark} {method} seed {seed}", name=f"{record.id}."):
+    with only_one(Path(folder) / experiment / "models", f"running {record.benchmark} {method} seed {seed}", wait=wait, name=f"{record.id}."):
         return finished(record, folder) or _run(record, module, p, folder, progress, spread, logger, first)
 
 def _first(devices, num_nodes):
@@ -405,7 +406,7 @@ def cell_names(
     "Task, method and seed of every cell, and what else tells cells apart."
     def about(cell):
         p = cell.get("profile")
-        rest = {k: v for k, v in cell.items() if k not in ("benchmark", "method", "seed", "profile", "data", "parameters", "progress", "train")}
+        rest = {k: v for k, v in cell.items() if k not in ("benchmark", "method", "seed", "profile", "data", "parameters", "progress", "train", "wait")}
         return {**(asdict(choose_profile(p)) if isinstance(p, (str, Profile)) else {}), **rest}
     names = [f"{getattr(c['benchmark'], 'name', c['benchmark'])} {c['method']} seed {c['seed']}" for c in cells]
     settings, shared = [about(c) for c in cells], {n for n in names if names.count(n) > 1}
@@ -456,53 +457,34 @@ def in_turn(
     finally: torch.set_num_threads(before)
 
 # %% ../nbs/30_runs.ipynb #ef66b03d
-def _worker(pipe, folder, threads, device):
-    "A process of a grid: cells in, records out."
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if device: os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device.removeprefix("cuda:")
+_opened = {} # data of the last cell of this process
+
+def run_apart(
+    cell: Mapping, # arguments of `run_method` but for `folder`
+    folder: str | Path, # of all runs
+    threads: int, # CPU threads
+) -> RunRecord | None: # as `run_cell`
+    "One cell in a process of an engine; the next one finds its data open."
     import torch
     torch.set_num_threads(threads)
-    opened = {}
-    with suppress(EOFError): # the process that asks has ended
-        while True: pipe.send(run_cell(pipe.recv(), folder, opened))
+    return run_cell(cell, folder, _opened)
 
-def in_processes(
+def on_engine(
     cells: Sequence[Mapping], # arguments of `run_method` but for `folder`
-    folder: str | Path, # of all runs
-    processes: int, # runs side by side
-    threads: int, # CPU threads of each
-    device: str | None = None, # "cpu" or "cuda:0"; None: what there is
+    folder: str | Path, # of all runs; every worker has to see it
+    engine, # see page `engines`
 ) -> Iterator[tuple[int, RunRecord | None]]: # position among the cells, and its record
-    "Runs cells side by side."
-    alone = not any(c.get("num_workers") or c.get("devices", 1) != 1 for c in cells) # processes that start others cannot be daemons
-    import multiprocessing.connection
+    "Runs cells wherever an engine has room."
     from spectralmoe.simulator.tiles import build_tiles
     for task in {t.name: t for c in cells if not c.get("data") for t in [find_benchmark(c["benchmark"])]}.values():
         with suppress(Exception): build_tiles(task) # what goes wrong with the data is told by each cell
-    spawn, todo, busy = multiprocessing.get_context("spawn"), deque(enumerate(cells)), {}
-    def new():
-        pipe, theirs = spawn.Pipe()
-        process = spawn.Process(target=_worker, args=(theirs, folder, threads, device), daemon=alone)
-        process.start()
-        theirs.close()
-        return pipe, process
-    free = [new() for _ in range(min(processes, len(cells)))]
-    try:
-        while todo or busy:
-            while free and todo:
-                pipe, process = free.pop()
-                busy[pipe] = process, *todo.popleft()
-                pipe.send(busy[pipe][-1])
-            for pipe in multiprocessing.connection.wait(list(busy)):
-                process, i, cell = busy.pop(pipe)
-                try: record = pipe.recv()
-                except (EOFError, OSError):
-                    process.join()
-                    record, pipe, process = lost_cell(cell, f"its process died with exit code {process.exitcode}"), *new()
-                free.append((pipe, process))
-                yield i, record
-    finally:
-        for process in [p for _, p in free] + [p for p, *_ in busy.values()]: process.terminate()
+    def sent(cell):
+        data = cell.get("data") or os.environ.get("SPECTRALMOE_DATA") # which workers elsewhere do not have
+        return {"wait": getattr(engine, "wait", 0), **cell, "data": Path(data).expanduser().resolve() if isinstance(data, (str, Path)) else data}
+    folder = Path(folder).expanduser().resolve()
+    work = partial(run_apart, folder=folder, threads=engine.threads)
+    for i, found in engine(work, [sent(c) for c in cells], folder / ".slurm"):
+        yield i, lost_cell(cells[i], found.why) if isinstance(found, Lost) else found
 
 # %% ../nbs/30_runs.ipynb #ef21982b
 def run_grid(
@@ -512,6 +494,7 @@ def run_grid(
     threads: int = 0, # CPU threads of each; 0: those torch uses here, shared
     device: str | None = None, # "cpu" or "cuda:0"; None: what there is
     train: bool = True, # False: only look up what was run before, and leave out the rest
+    engine: "Local | object | None" = None, # see page `engines`; None: as `processes`, `threads` and `device` say
 ) -> list[RunRecord]: # as `cells`; of what failed, status "failed" and why
     "Runs many cells, prints a line for each, and goes on when one fails."
     check_setting("processes", processes), check_setting("threads", threads)
@@ -520,10 +503,10 @@ def run_grid(
     cells, found, begun, clock = [c | {"benchmark": find_benchmark(c["benchmark"])} for c in cells], {}, now(), time.perf_counter()
     for cell in cells: check_setting("method", cell["method"])
     if not train: return [r for _, r in in_turn([c | {"train": False} for c in cells], folder, threads) if r]
-    if processes == 1 and device is None: records = in_turn(cells, folder, threads)
-    else:
+    if engine is None and (processes != 1 or device is not None):
         import torch
-        records = in_processes(cells, folder, processes, threads or max(1, torch.get_num_threads() // processes), device)
+        engine = Local(processes, threads or max(1, torch.get_num_threads() // processes), device)
+    records = on_engine(cells, folder, engine) if engine else in_turn(cells, folder, threads)
     def outcome(i):
         scores = ", ".join(f"{d} {100 * s['miou']:.1f}" for d, s in list(found[i].metrics.items())[:5] if "miou" in s)
         return f"{names[i]}: " + (found[i].error or f"{found[i].seconds:.0f} s, mIoU {scores}").strip().partition("\n")[0]

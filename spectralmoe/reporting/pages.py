@@ -21,7 +21,7 @@ from urllib.parse import quote
 from ..benchmarks import BENCHMARKS
 from ..files import write_file
 from .records import Html, RunRecord, html_table, read_records
-from .tables import ROWS, Cell, difference_table, results_table, row_of
+from .tables import ROWS, Cell, difference_table, gap_table, results_table, row_of
 
 # %% ../../nbs/reporting/03_pages.ipynb #1c939991
 STYLE = """
@@ -110,8 +110,8 @@ def task_table(
     folder: Path, # of the page
     base: str = "frozen", # what the others are compared with
 ) -> str: # HTML
-    "Scores, differences and records of every method of a task."
-    table, gaps = results_table(records), difference_table(records, base)
+    "Scores, gaps, differences and records of every method of a task."
+    table, gaps, lost = results_table(records), difference_table(records, base), gap_table(records)
     last = table.columns[-1]
     def best(column): return max((c.mean for m, c in table[column].items() if c.seeds and m != "oracle"), default=None)
     highest = {c: best(c) for c in table}
@@ -127,9 +127,12 @@ def task_table(
         names = {p: f"seed {r.seed} {row_of(r)[2]}".rstrip() for p, r in own.items()}
         listed = "<br>".join(f'<a href="{_url(p, folder)}">{html.escape(name)}</a>' for p, name in names.items())
         return Html(f"<details><summary>{_count(len({r.seed for r in own.values()}), 'seed')}</summary>{listed}</details>")
-    rows = [[m, *(score(m, c) for c in table), *([gap(m)] if len(gaps) else []), links(m)] for m in table.index]
+    falls = last != "source validation"
+    rows = [[m, *(score(m, c) for c in table), *([_short(lost.loc[m, last])] if falls else []), *([gap(m)] if len(gaps) else []), links(m)]
+            for m in table.index]
     columns = [c.replace("_", " ") for c in table]
-    head = ["mIoU (%)", *columns, *([f"minus {base}, on {columns[-1]}"] if len(gaps) else []), "records"]
+    head = ["mIoU (%)", *columns, *([f"gap: source validation minus {columns[-1]}"] if falls else []),
+            *([f"minus {base}, on {columns[-1]}"] if len(gaps) else []), "records"]
     return f'<div class="box">{html_table(head, rows)}</div>'.replace("<tr><td>oracle", '<tr class="reference"><td>oracle')
 
 def _short(cell): return cell.text().rpartition(" (")[0] if cell.seeds else cell.status
@@ -165,7 +168,8 @@ def task_section(
     alone = len(gaps) and max(c.seeds for c in gaps.iloc[:, -1]) < 2
     caption = f"Difference to <code>{html.escape(base)}</code>" + (
         ". One seed has no interval, so nothing can be said of significance." if alone else
-        ", same seeds, with its 95 % interval; blue where it is significant, that is, where the interval excludes zero.")
+        ", same seeds, with its 95 % interval; blue where it is significant, that is, where the interval excludes zero also after Holm's "
+        "correction over the rows of the table.")
     figures = [p for e in ("benchmark", "routing") for p in sorted(folder.glob(f"{e}/figures/{task}-*.png"))]
     return "\n".join([f"<p><code>{html.escape(task)}</code>: {html.escape(task_sentence(records))}</p>",
                       task_table(records, folder, base), f"<figure>{plot}<figcaption>{caption}</figcaption></figure>" if plot else "",
@@ -310,7 +314,8 @@ MINI = """<b>Simulated.</b> The images of these tasks were made by a simulator, 
 <code>mini_dfm</code> were pretrained on simulated scenes alone. Such numbers compare methods under a shift that is
 known exactly; they are never to be put beside those of the paper, which are of real images and far larger models."""
 EXPERIMENTS = {"validity": "Is it a benchmark?", "regime": "Source tiles and steps", "shift_lab": "Shift laboratory",
-               "ablation": "Ablation", "backbones": "Backbones", "gradcam": "Class response", "efficiency": "Efficiency", "overview": "Overview"} # name -> heading, in this order
+               "ablation": "Ablation", "backbones": "Backbones", "gradcam": "Class response", "efficiency": "Efficiency", "overview": "Overview",
+               "summary": "Beside the paper"} # name -> heading, in this order
 
 def index_page(
     folder: str | Path, # of all runs

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..files import digest, few, nearest, read_json, write_file
 from .pages import index_page, page_frame, tasks_of
 from .records import read_records
-from .tables import difference_table, results_table, row_of, write_table
+from .tables import difference_table, gap_table, results_table, row_of, write_table
 from ..reproduce import ExperimentFailed, find_experiment, notebooks_folder, reproduce
 
 # %% ../../nbs/reporting/05_plans.ipynb #ac48f4b7
@@ -38,6 +38,7 @@ class Plan:
     pages: tuple[Page, ...] # executed in this order
     notes: tuple[str, ...] = () # paragraphs: how the numbers are to be read
     tasks: tuple[str, ...] = () # benchmarks with a section of their own, also if they were not run
+    profile: str = "" # what `spectralmoe reproduce --profile` calls it; "": it is not asked for there
 
 # %% ../../nbs/reporting/05_plans.ipynb #d34343e9
 def read_plan(
@@ -45,7 +46,7 @@ def read_plan(
 ) -> Plan: # its parameters are those of the experiments
     "Reads and checks a plan."
     values, path = read_json(path, "restore the plan from a copy"), Path(path)
-    known = {"title", "says", "pages", "notes", "tasks"}
+    known = {"title", "says", "pages", "notes", "tasks", "profile"}
     for key in values:
         if key not in known: raise ValueError(f"{path}: key {key!r} is not known. {nearest(key, sorted(known))}")
     if missing := [k for k in ("title", "says", "pages") if k not in values]:
@@ -61,7 +62,7 @@ def read_plan(
     twice = sorted({p.page for p in pages if [q.page for q in pages].count(p.page) > 1})
     if twice: raise ValueError(f"{path}: page {few(twice)} is there twice")
     notes, tasks = (tuple(values.get(key, ())) for key in ("notes", "tasks"))
-    return Plan(path.stem, values["title"], values["says"], pages, notes, tasks)
+    return Plan(path.stem, values["title"], values["says"], pages, notes, tasks, values.get("profile", ""))
 
 # %% ../../nbs/reporting/05_plans.ipynb #ab438c38
 def page_state(
@@ -133,6 +134,9 @@ def make_reports(
     if not known: raise FileNotFoundError(f"no plan in {plans}: expected a <report>.json for every report")
     outcomes = {}
     for plan in known:
+        if plan.tasks and not (folder / plan.name).exists() and not train: # begun by `spectralmoe reproduce`
+            say(f"{plan.name}: not begun, no run of it is recorded")
+            continue
         for page in plan.pages:
             outcomes[f"{plan.name}/{page.page}"] = said = make_page(page, folder / plan.name, force, train)
             say(f"{plan.name}/{page.page}: {said}")
@@ -147,7 +151,7 @@ def write_index(
 ) -> tuple[Path, Path]: # README.md and index.html
     "Writes what leads to every report."
     lines, sections = [README], {}
-    for plan in plans:
+    for plan in [p for p in plans if (folder / p.name).exists()]: # a report that was not begun has nothing to show
         pages = {p.page: url for p in plan.pages if (folder / (url := f"{plan.name}/{p.page}.ipynb")).exists()}
         tasks = tasks_of(read_records(folder / plan.name))
         lines += [f"## {plan.title}", plan.says, *plan.notes, _markdown_table(tasks),
@@ -167,7 +171,8 @@ README = """<!-- made by `make reports` from nbs/experiments/plans; edit the pla
 
 Every number is computed from records of runs: one JSON file per run with its configuration, seed, commit, versions, device and data
 fingerprints, at `<report>/<experiment>/records/<task>/<method>-s<seed>.json`. Scores are mIoU in percent, means over seeds ± half width of
-the 95 % interval (Student t). Two methods differ significantly where the interval of their paired difference excludes zero.
+the 95 % interval (Student t). Two methods differ significantly where the interval of their paired difference excludes zero also after
+Holm's correction over the rows of the table.
 
 `make reports` makes what is absent or stale and nothing else, without training. `spectralmoe reports --latex FOLDER` writes the tables for
 papers. The pages (`index.html`) open in any browser."""
@@ -184,10 +189,10 @@ def _markdown_table(tasks):
 
 # %% ../../nbs/reporting/05_plans.ipynb #2afc19f2
 def latex_tables(
-    to: str | Path, # folder that receives report/task.tex and report/task-differences.tex
+    to: str | Path, # folder that receives report/task.tex, report/task-differences.tex and report/task-gap.tex
     folder: str | Path | None = None, # of the reports; None: reports/ of the repository
 ) -> list[Path]: # the files
-    "Scores of every task and differences to the frozen backbone as LaTeX."
+    "Scores of every task, differences to the frozen backbone and gaps between source and targets as LaTeX."
     folder, written = Path(folder or notebooks_folder().parent.parent / "reports"), []
     for report in sorted(p for p in folder.iterdir() if p.is_dir()):
         for task, records in tasks_of(read_records(report)).items():
@@ -195,4 +200,5 @@ def latex_tables(
             if any(row_of(r)[1] == "frozen" for r in records.values()):
                 stem = Path(to) / report.name / f"{task}-differences"
                 written += write_table(difference_table(records), stem, ["tex"])
+            if len((gaps := gap_table(records)).columns): written += write_table(gaps, Path(to) / report.name / f"{task}-gap", ["tex"])
     return written
