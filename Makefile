@@ -2,6 +2,7 @@
 # make test     everything that is tested: the notebooks, then tests/
 # make reports  what is absent or stale in reports/, made again from records without training
 # make lab      JupyterLab on the notebooks
+# make docs     notebooks, reference and cards as a site in site/, with search; opens without a server
 # make check    is the tree what export, clean and the README script make of it?
 # make dist     source distribution and wheel in dist/
 # make clean    forget the environment
@@ -11,7 +12,7 @@ BIN := .venv/bin
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test notebooks pytest reports check lab dist clean
+.PHONY: help install demo test notebooks pytest reports check lab docs dist clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -45,6 +46,14 @@ check: install
 
 lab: install
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+# nothing is asked of a network once the extra is installed
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs
+	$(BIN)/python docs/make_site.py site
 
 dist: install
 	$(BIN)/python -m build

@@ -29,9 +29,9 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["spectralmoe", "spectralmoe.*"]),
     include_package_data=True,
-    package_data={"spectralmoe": ["assets/*/*.json", "assets/*/*.md", "assets/*/*.safetensors", "tables/*.csv", "tables/*.json"]},
+    package_data={"spectralmoe": ["assets/*.js", "assets/*/*.json", "assets/*/*.md", "assets/*/*.safetensors", "tables/*.csv", "tables/*.json"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "convert", "cluster", "onnx")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "convert", "cluster", "onnx", "docs")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

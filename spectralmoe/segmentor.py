@@ -24,7 +24,7 @@ from .benchmarks import IGNORE, Benchmark, benchmark as find_benchmark
 from .encoders.files import weights_sha256
 from .files import few, nearest, write_file
 from .gating import exporting
-from .head import LinearHead, Mask2FormerHead, PixelShuffleHead, RawConvHead, feature_pyramid, mask2former_config, weigh_classes
+from .head import DenseHead, LinearHead, Mask2FormerHead, PixelShuffleHead, RawConvHead, feature_pyramid, mask2former_config, weigh_classes
 from .saving import check_state, find_pretrained, read_config, read_state, upload_pretrained, write_pretrained
 from .tuning import blocks, frequencies, tokens # noqa: F401 (their methods register themselves)
 from .tuning.methods import METHODS, Method, TunerConfig # noqa: F401 (known under this name, too)
@@ -253,6 +253,20 @@ def predict(self: Segmentor,
     was_training = self.training
     try: return self.eval()(images).argmax(1)
     finally: self.train(was_training)
+
+# %% ../nbs/16_segmentor.ipynb #fa1be901
+@patch
+@torch.no_grad()
+def probabilities(self: Segmentor,
+    images: Tensor, # (B, C, H, W) standardised, any size
+) -> Tensor: # (B, K, H, W) float32, not negative, the sum over the classes is 1
+    "The share of every class in every pixel's score; the model's mode (train or eval) is left as it was."
+    was_training = self.training
+    try: scores = self.eval()(images).float()
+    finally: self.train(was_training)
+    if isinstance(self.head, DenseHead): return scores.softmax(1)
+    total = scores.sum(1, keepdim=True)
+    return torch.where(total > 0, scores / total, 1 / scores.shape[1])
 
 # %% ../nbs/16_segmentor.ipynb #338b85fb
 @patch

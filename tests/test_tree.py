@@ -27,7 +27,7 @@ def test_the_adapter_needs_torch_alone():
     assert not imported("spectralmoe.adapter") & {"transformers", "lightning", "rasterio", "pandas", "matplotlib", "nbdev", "fastcore"}
 
 
-@pytest.mark.parametrize("module", ["segmentor", "datasets", "training", "evaluation", "routing", "reproduce"])
+@pytest.mark.parametrize("module", ["segmentor", "datasets", "training", "evaluation", "routing", "inference", "reproduce"])
 def test_models_and_training_need_neither_rasterio_nor_nbdev(module):
     assert not imported(f"spectralmoe.{module}") & {"rasterio", "nbdev", "execnb"}
 
