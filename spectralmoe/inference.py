@@ -716,6 +716,11 @@ def trained_on(
     model: nn.Module, # with a task
 ) -> Sensor | None: # None: its task is not in the registry, or its source names no sensor
     "The sensor of the source that a model of a benchmark was trained on."
+    if said := model.task.get("sensor"): # of a task file, which no registry knows
+        if "mix" in said: raise ValueError(f"the bands of {model.task['name']!r} were matched by wavelength, which scenes cannot be yet: make the scene a target without masks "
+                                           "in the task file; its map is written after training")
+        from spectralmoe.bands import Band
+        return Sensor(**{**said, "bands": tuple(Band(**b) for b in said["bands"]), "rgb": said["rgb"] and tuple(said["rgb"])})
     name = model.task.get("name", "")
     known = BENCHMARKS.get(name) or BENCHMARKS.get(name.removesuffix("_authors"))
     return known and known.source.fed_sensor
