@@ -110,8 +110,8 @@ class Ray:
         "Runs items on the nodes of the cluster."
         try: import ray
         except ImportError: raise ImportError("the engine 'ray' needs Ray: pip install 'spectralmoe[cluster]', or take another engine") from None
-        joined, address = ray.is_initialized(), self.address or os.environ.get("RAY_ADDRESS")
-        if not joined: ray.init(address=address, log_to_driver=False, logging_level="ERROR", **({} if address else {"include_dashboard": False}))
+        joined, address = ray.is_initialized(), self.address or os.environ.get("RAY_ADDRESS") or "local"
+        if not joined: ray.init(address=address, log_to_driver=False, logging_level="ERROR", **({"include_dashboard": False} if address == "local" else {}))
         try:
             task = ray.remote(lambda item: work(item)).options(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=self.max_retries)
             waiting = {task.remote(item): i for i, item in enumerate(items)}
