@@ -60,6 +60,17 @@ class SpectralMoEConfig:
             if (x := getattr(self, name)) not in options: raise ValueError(f"{name}={x!r} is not known; expected one of {options}")
 
     @classmethod
+    def paper_text(cls,
+        dim: int, # D
+        n_layers: int, # L
+        **sizes, # n_experts, rank, n_tokens, top_k, query_dim
+    ) -> "SpectralMoEConfig": # today the defaults; it stays the same if they move
+        "Every switch as the paper's text reads."
+        return cls(dim, n_layers, gating="laplace", p=2.0, gate_weighting="topk", gate_init="prototypes", perceptual="dot", combine="sum",
+                   fusion="cross_attention", temperature="fixed", init="zero_experts", dual_gating=True, scale_init=1e-3,
+                   balance="importance_load", balance_weight=1e-2, **sizes)
+
+    @classmethod
     def released(cls,
         dim: int, # D
         n_layers: int, # L
