@@ -33,7 +33,7 @@ from .encoders.files import (
 from .encoders.heights import HEIGHT_BACKBONES, HEIGHT_FAMILIES
 from .encoders.spectral import SPECTRAL_BACKBONES, SPECTRAL_FAMILIES, band_statistics
 from .encoders.vit import (
-    FAMILIES, RGB_BACKBONES, BackboneSpec, Family, check_published, read_as, translations)
+    FAMILIES, RGB_BACKBONES, BackboneSpec, Family, check_published, patches_in_float32, read_as, translations)
 from .files import few, nearest, read_json, replacing
 
 # %% ../nbs/14_backbones.ipynb #04185601
@@ -513,10 +513,11 @@ def embed(self: Backbone,
     down, right = (n * self.patch_size - size for n, size in zip(self.grid(*images.shape[-2:]), images.shape[-2:]))
     if down or right: images = F.pad(images, (0, right, 0, down), self.pads[self.pad])
     images, more = images.to(next(self.model.parameters()).dtype), None
-    if self.extra:
-        more = F.conv2d(images[:, self.extra], self.extra_bands, stride=self.patch_size)
-        more = more.flatten(2).transpose(1, 2) # (b, n, d)
-    return self.family.embed(self.model, images[:, self.rgb], more, self.model_sensor)
+    with patches_in_float32(images):
+        if self.extra:
+            more = F.conv2d(images[:, self.extra], self.extra_bands, stride=self.patch_size)
+            more = more.flatten(2).transpose(1, 2) # (b, n, d)
+        return self.family.embed(self.model, images[:, self.rgb], more, self.model_sensor)
 
 @patch
 def step(self: Backbone,

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'RGB_BACKBONES', 'BackboneSpec', 'Format', 'translate', 'translations', 'read_as', 'Family',
-           'DINOv3Family', 'DINOv2Family', 'CLIPFamily', 'whole_map_blocks', 'SAMFamily', 'EVA02Family',
-           'check_published']
+           'patches_in_float32', 'DINOv3Family', 'DINOv2Family', 'CLIPFamily', 'whole_map_blocks', 'SAMFamily',
+           'EVA02Family', 'check_published']
 
 # %% ../../nbs/encoders/01_vit.ipynb #bad2a1a2
 import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -191,6 +192,14 @@ def beside(self: Family, file: Mapping, size: dict) -> dict: # more entries of t
 def computed(self: Family, model: nn.Module) -> dict[str, Tensor]: # by name; empty: as the library computes them
     "Values that decide the result, are in no weight, and differ from the library's own."
     return {}
+
+# %% ../../nbs/encoders/01_vit.ipynb #217e0a5b
+def patches_in_float32(
+    images: Tensor, # about to be cut into patches
+): # a context: autocast is off on a CPU, and as it is elsewhere
+    "Patch embeddings that a CPU computes right."
+    autocast = images.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return torch.autocast("cpu", enabled=False) if autocast else nullcontext()
 
 # %% ../../nbs/encoders/01_vit.ipynb #7139af71
 _BLOCK, _DEEP = r"blocks\.(\d+)\.", r"model.layer.\1." # theirs, ours
