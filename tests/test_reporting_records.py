@@ -73,6 +73,12 @@ def test_a_run_of_an_earlier_version_is_shown_but_never_stands_in_for_one_that_i
     assert finished(other, tmp_path, earlier=True) is None
 
 
+def test_what_is_left_out_inside_a_setting_is_a_default_and_not_unrecorded(tmp_path):
+    run(adapter={"rank": 8}).write(tmp_path)
+    assert finished(run(adapter={"rank": 8, "fusion": "add"}), tmp_path, earlier=True) is None
+    assert finished(run(adapter={"rank": 8}, labels="ab"), tmp_path, earlier=True)
+
+
 BEGUN = [p for p in PLANS if (REPORTS / p.stem).is_dir()]
 
 

@@ -239,10 +239,8 @@ def finished(
 
 @patch
 def _earlier_than(self: RunRecord, other):
-    "Same data, and the same settings as far as they were recorded?"
-    def within(a, b):
-        if isinstance(a, dict) and isinstance(b, dict): return all(k in b and within(v, b[k]) for k, v in a.items())
-        return a == b
+    "Same data, and the same settings as far as they were recorded? Inside a setting nothing is taken as unrecorded: what is left out there is a default."
     names = "experiment", "benchmark", "method", "seed", "data"
     same = all(getattr(self, n) == plain(getattr(other, n)) for n in names)
-    return same and bool(self.config) and within(self.config, plain(other.config))
+    config = plain(other.config)
+    return same and bool(self.config) and all(k in config and v == config[k] for k, v in self.config.items())
