@@ -326,7 +326,7 @@ def test_rein_there_and_back():
     state |= random_like({"decode_head.querys2feat.weight": (256, 256), "decode_head.querys2feat.bias": (256,)})
     ours = convert_rein(state)
     assert same(rein_state(ours), state) and ours["adapter.tokens.A"].shape == (24, 100, 16)
-    assert ours["head.to_content.weight"].shape == (256, 256)
+    assert ours["adapter.to_content.weight"].shape == (256, 256)
     for change in ({"backbone.reins.extra": torch.ones(1)}, {"backbone.cls_token": torch.ones(1)}, {"decode_head.x": torch.ones(1)}):
         with pytest.raises(ValueError, match="belong to no part"): convert_rein({**state, **change})
     for key, wrong, words in (("learnable_tokens_a", (24, 100), "(24, 100), expected (24, 100, 16)"),
