@@ -659,7 +659,7 @@ def load_vfm(
         seed=seed, rgb=list(rgb), extra_share=extra_share, train_extra=train_extra,
         wavelengths=wavelengths and list(wavelengths), pad=pad, **size, **({"attention": attention} if attention else {}))
     extra, extra_bands, kernels = [], None, ""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"): # the caller's draws stay the same
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False): # the caller's draws stay, and kernels are mixed in float32
         if family.needs_sensor: # takes the bands as they are
             if sensor is None: raise TypeError(
                 f"{name} has to know the bands: got in_bands={given}, expected a Sensor, as SENSORS['gf2']")
