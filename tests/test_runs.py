@@ -28,6 +28,7 @@ def recorded():
 
 def task_of(record):
     "The task of a record, from its name; the laboratory's factors and severities from its domains."
+    if "_heights" in record.benchmark: return record.benchmark.partition("_heights")[0] # the profile says which heights
     name, _, target = record.benchmark.partition("-oracle-")
     if name == "shift_lab":
         steps = [d.rpartition("_") for d in record.data if "_" in d]
