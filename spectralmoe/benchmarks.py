@@ -130,8 +130,8 @@ def with_heights(
     if not task.simulated: raise ValueError(
         f"benchmark {task.name!r}: its images are files of your own, and no heights are known; expected a simulated task, or "
         "bands with a 'height' that the files have")
-    fields = {k: v for k, v in (("height_noise", noise), ("height_cell", cell)) if v != (0 if k == "height_noise" else 1)}
-    name = f"{task.name}_heights" + "".join(f"_{v:g}{u}" for v, u in ((noise, "m"), (cell, "px")) if v != (0 if u == "m" else 1))
+    error = [e for e, given in ((("height_noise", noise, "m"), noise != 0), (("height_cell", cell, "px"), cell != 1)) if given]
+    fields, name = {k: v for k, v, _ in error}, f"{task.name}_heights" + "".join(f"_{v:g}{unit}" for _, v, unit in error)
     def add(domain):
         sensor = as_sensor(domain.sensor)
         bands = (*sensor.bands, Band("height", 0, 0, "height", scale=0.01))
