@@ -29,7 +29,6 @@ from .bands import Sensor, as_sensor
 from .benchmarks import BENCHMARKS, IGNORE
 from .datasets import Statistics, named_sensor
 from .files import few, write_file
-from .head import DenseHead
 from .pictures import paint, stretch
 from .reading.listing import TileFile
 from .reading.masks import read_mask, to_classes
@@ -138,8 +137,7 @@ def look_inside(
     try:
         routing = routing_maps(model, one) if routed else model.predict(one["image"][None].to(next(model.parameters()).device))
     finally: hook.remove()
-    scores = scores[-1][0].float()
-    p = scores.softmax(0) if isinstance(model.head, DenseHead) else scores / scores.sum(0).clamp(min=1e-12)
+    p, scores = model.as_probabilities(scores[-1])[0], scores[-1][0]
     image = one["image"]
     if model.statistics:
         mean, std = image.new_tensor([model.statistics["mean"], model.statistics["std"]])[..., None, None]

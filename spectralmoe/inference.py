@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .bands import Sensor, as_sensor, match_bands
 from .benchmarks import BENCHMARKS, IGNORE
-from .datasets import NamedBand, Statistics, first_batch_report
+from .datasets import Statistics, first_batch_report, unknown_sensor
 from .encoders.files import weights_sha256
 from .evaluation import Scores, evaluating
 from .files import digest, few, only_one, read_json, write_file, write_json
@@ -67,12 +67,14 @@ class Scene:
         return (f"Scene({self.parts[0].path}{f' and {len(self.parts) - 1} more' if self.parts[1:] else ''}: {self.size[0]} x {self.size[1]} px, "
                 f"{self.sensor.name}: {few(self.sensor.names)}; georeferenced {place})")
 
+def _here(text):
+    "A message of another page in the words of this one."
+    return str(text).replace("in a csv column `bands`", "in bands=, in file order")
+
 @contextmanager
 def _remedy():
-    "Messages of other pages in the words of this one."
-    said = lambda text: str(text).replace("in a csv column `bands`", "in bands=, in file order")
     try: yield
-    except ValueError as error: raise ValueError(said(error)) from None
+    except ValueError as error: raise ValueError(_here(error)) from None
 
 # %% ../nbs/23_inference.ipynb #6619af72
 def look_at_scene(
@@ -87,7 +89,7 @@ def look_at_scene(
     sensor = _as_named(files, bands) if sensor is None else as_sensor(sensor)
     with _remedy():
         parts = _stack(files, sensor, wanted, bands) if len(files) > 1 else [Part(files[0], read_header(files[0], sensor, wanted, bands), tuple(wanted))]
-    warn_together({p.path: [d.replace("in a csv column `bands`", "in bands=, in file order") for d in p.header.doubts] for p in parts})
+    warn_together({p.path: [_here(d) for d in p.header.doubts] for p in parts})
     with open_raster(files[0]) as source:
         points, crs = source.gcps
         crs, place = source.crs or crs, source.transform
@@ -111,7 +113,7 @@ def _as_named(files, bands):
             with open_raster(path) as source: names += source.descriptions
     if not all(names): raise ValueError(
         f"{few(files, 3)}: {len(names)} bands without names, and sensor=None: say what took the scene (sensor='sentinel2', ...), or name the bands in bands=")
-    return Sensor("not said", [NamedBand(n, math.nan, math.nan) for n in names])
+    return unknown_sensor(names)
 
 # %% ../nbs/23_inference.ipynb #5cc9bc5b
 def _stack(files, sensor, wanted, bands):
@@ -319,14 +321,12 @@ def batches(
     first: int = 0, # strip to begin with
 ) -> Iterator[Batch]:
     "Windows of a scene in batches; those without a valid pixel are left out."
-    mean, std = np.array([statistics.mean, statistics.std], "float32")[..., None, None]
     def window(i, j):
         h, w = plan.rows.inside(i), plan.cols.inside(j)
         image = read(plan.rows.starts[i], plan.cols.starts[j], h, w)
         valid = np.isfinite(image).all(0)
         if not valid.any(): return None
-        if statistics.normalise: image = image / np.maximum(np.sqrt((image**2).sum(0, keepdims=True)), np.float32(1e-12)) # spectra of length 1
-        image = np.where(valid, (image - mean) / std, np.float32(0))
+        image = np.where(valid, statistics.standardise(torch.from_numpy(image)).numpy(), np.float32(0))
         return np.pad(image, ((0, 0), (0, plan.rows.size - h), (0, plan.cols.size - w)), "edge"), (i, j, valid)
     for strip, (begin, end) in enumerate(plan.strips):
         if strip < first: continue
@@ -649,6 +649,7 @@ def write_polygons(
         for left in draft.parent.glob(f"{draft.name}*"): left.unlink()
     return n
 
+# %% ../nbs/23_inference.ipynb #81070264
 def _joined(values, nodata, rows, least):
     "Complete polygons (shape, value) in pixel coordinates, band by band."
     import shapely
@@ -775,8 +776,8 @@ def predict_scene(
     start, path, statistics = time.perf_counter(), Path(path_out), _ready(model, statistics)
     if path.suffix.lower() not in (".tif", ".tiff"): raise ValueError(f"{path}; expected a name that ends with .tif")
     if vector is not None and vector < 1: raise ValueError(f"vector={vector}; expected the least size of a polygon, 1 pixel or more")
-    home, sensor = trained_on(model), sensor or trained_on(model)
-    scene, wanted = look_at_scene(path_in, model.task["bands"], sensor, bands), layers_of(model, layers)
+    home, wanted = trained_on(model), layers_of(model, layers)
+    scene = look_at_scene(path_in, model.task["bands"], sensor or home, bands)
     plan = Plan(*(lay_windows(n, window, overlap, getattr(model, "patch", 1)) for n in scene.size), batch_size)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = dict(model=weights_sha256(model.state_dict()), settings=getattr(model, "settings", None), task=model.task, scene=scene.stamp, bands=[[b.name, b.scale, b.offset] for b in scene.sensor.bands], nodata=scene.sensor.nodata,

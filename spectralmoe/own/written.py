@@ -226,6 +226,7 @@ def read_domain(
     place.domain = replace(domain, sensor=_sensor(said, place, sensors), substitutes=said.get("substitutes", dict, {}))
     return place
 
+# %% ../../nbs/own/02_written.ipynb #a37e5d09
 def _sensor(said, place, sensors):
     "The sensor of a domain with what its table changes."
     name = said.get("sensor", str)
@@ -326,6 +327,7 @@ def from_dict(cls: Benchmark,
         for note in p.notes: _once(note)
     return task
 
+# %% ../../nbs/own/02_written.ipynb #b39158ef
 def _regions(top, folder, labels, sensors):
     "The source, or its regions, which share the entries that stand above them."
     values = top.get("source", dict, {})
