@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from conftest import run_cells
 
 from spectralmoe.archives import prepare as pp
 from spectralmoe.benchmarks import IGNORE, benchmark
 from spectralmoe.datasets import DomainDataModule
 from spectralmoe.reading.manifest import read_manifest
 from spectralmoe.reporting.records import read_records
-from spectralmoe.reproduce import reproduce
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(published|part of xBD):spectralmoe.archives.recipes.PrepareWarning")
 OPTIONS = {"fbp_cross_region": lambda archives: {"targets": sorted(archives.rglob("*_24label.png"))[0].stem.removesuffix("_24label")}}
@@ -86,7 +86,7 @@ def test_an_epoch_in_the_benchmark_notebook(ready, tmp_path):
     name, data = ready
     module = DomainDataModule(f"real_{name}", data, batch_size=2, crop=48)
     steps = -(-len(module.source_train) // 2)
-    reproduce("benchmark", dict(benchmark=f"real_{name}", data=str(data), methods=["spectralmoe"], steps=steps), tmp_path, stream=False)
+    run_cells("benchmark", dict(benchmark=f"real_{name}", data=str(data), methods=["spectralmoe"], steps=steps), tmp_path)
     (record,) = read_records(tmp_path).values()
     assert record.status == "done" and record.config["steps"] == steps
     assert set(record.metrics) == {"source", *(t.name for t in module.benchmark.targets)}
