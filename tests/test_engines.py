@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import die_once
 
 from spectralmoe import engines
 from spectralmoe.reporting.pages import index_page
@@ -102,14 +103,6 @@ def test_a_job_of_submitit_leaves_the_same_record(tmp_path, alone):
     there = json.loads(record.path(alone).read_text())
     assert record.status == "done" and without_times(json.loads(record.path(tmp_path).read_text())) == without_times(there)
     assert record.started != there["started"]
-
-
-def die_once(path):
-    "Ends its process the first time."
-    if not path.exists():
-        path.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return path.name
 
 
 def test_a_job_that_is_lost_is_sent_again(tmp_path, monkeypatch):
