@@ -375,11 +375,6 @@ def test_masks_hold_the_classes_of_the_simulator(built):
     assert entry["labels"] == {str(v): n for v, n in zip(values.tolist(), pixels.tolist())} and set(values) <= set(task.label_map)
 
 
-def test_importing_needs_no_rasterio():
-    code = "import sys; sys.modules['rasterio'] = None; import spectralmoe.simulator.tiles"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_a_run_is_known_by_its_recipe_on_any_machine():
     task = small("loveda")
     found = DomainDataModule(mini.build_tiles(task)).fingerprints

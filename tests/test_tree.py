@@ -17,24 +17,43 @@ def test_no_path_of_one_machine(page):
         assert path not in text, f"{path} in {page.name}"
 
 
-def imported(module):
-    "Names of the packages that importing one module loads."
-    code = f"import {module}, sys; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
+def imported(*modules):
+    "Names of the packages that are loaded after importing each of some modules, one after the other in one new process."
+    code = "import sys\n" + "\n".join(f"import spectralmoe.{m}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))" for m in modules)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return dict(zip(modules, map(set, map(str.split, said.splitlines())), strict=True))
+
+
+IN_TURN = ["simulator.pretraining", "simulator.tiles", "datasets", "segmentor", "evaluation", "routing", "inference", "training", "reproduce", "engines", "reporting.sweep"]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    "Packages after each of `IN_TURN`: what is absent then was loaded by none up to there."
+    return imported(*IN_TURN)
+
+
+def test_looking_up_a_task_loads_no_torch():
+    code = "import sys, spectralmoe.benchmarks as b; b.shift_laboratory(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_the_adapter_needs_torch_alone():
-    assert not imported("spectralmoe.adapter") & {"transformers", "lightning", "rasterio", "pandas", "matplotlib", "nbdev", "fastcore"}
+    assert not imported("adapter")["adapter"] & {"transformers", "lightning", "rasterio", "pandas", "matplotlib", "nbdev", "fastcore"}
 
 
-@pytest.mark.parametrize("module", ["segmentor", "datasets", "training", "evaluation", "routing", "inference", "reproduce"])
-def test_models_and_training_need_neither_rasterio_nor_nbdev(module):
-    assert not imported(f"spectralmoe.{module}") & {"rasterio", "nbdev", "execnb"}
+def test_pretraining_needs_neither_matplotlib_nor_lightning(loaded):
+    assert "torch" in loaded["simulator.pretraining"] and not loaded["simulator.pretraining"] & {"matplotlib", "lightning"}
+
+
+@pytest.mark.parametrize("module", IN_TURN)
+def test_models_and_training_need_neither_rasterio_nor_nbdev(module, loaded):
+    assert not loaded[module] & {"rasterio", "nbdev", "execnb"}
 
 
 @pytest.mark.parametrize("module", ["engines", "reporting.sweep"])
-def test_engines_are_imported_where_they_are_used(module):
-    assert not imported(f"spectralmoe.{module}") & {"ray", "submitit"}
+def test_engines_are_imported_where_they_are_used(module, loaded):
+    assert not loaded[module] & {"ray", "submitit"}
 
 
 PAGES_THAT_EXPORT = sorted(p.relative_to(ROOT / "nbs") for p in ROOT.glob("nbs/**/[0-9]*.ipynb") if "experiments" not in p.parts)
