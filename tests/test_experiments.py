@@ -38,7 +38,7 @@ def test_logic_lives_in_the_package(path):
 def made(method, seed, benchmark="flair", tiles=64, steps=600, **right):
     "A record with so many of 100 pixels right in each domain."
     metrics = {d: pooled_scores([dict(classes=["a", "b"], confusion=[[k, 100 - k], [100 - k, k]])]) for d, k in right.items()}
-    return RunRecord("x", benchmark, method, seed, config=dict(train_tiles=tiles, steps=steps), metrics=metrics, status="done")
+    return RunRecord("x", benchmark, method, seed, config=dict(train_tiles=tiles, steps=steps), metrics=metrics, status="done", device="", code={}, versions={})
 
 
 def filed(*records): return {Path(f"{r.id}.json"): r for r in records}

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -28,15 +29,12 @@ from ..files import digest, few, now, read_json, write_json
 # %% ../../nbs/reporting/00_records.ipynb #702512a4
 def code_state() -> dict[str, object]: # {"commit": hash or None, "dirty": bool or None}
     "Commit of the package's repository, and whether files differ; outside git `SPECTRALMOE_COMMIT`."
-    root = Path(spectralmoe.__file__).resolve().parent.parent
-    def git(*args):
-        command = ["git", "-C", str(root), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    try:
-        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() == root:
-            changes = git("status", "--porcelain", "--untracked-files=no")
-            return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(changes)}
-    except (OSError, subprocess.CalledProcessError): pass
+    root, commit, lines = Path(spectralmoe.__file__).resolve().parent.parent, "", []
+    command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        if (root / ".git").exists(): lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line in lines: commit = line.split()[2] if line.startswith("# branch.oid ") else commit
+    if len(commit) >= 40: return {"commit": commit, "dirty": not all(line.startswith("# ") for line in lines)} # "(initial)": nothing is committed
     return {"commit": os.environ.get("SPECTRALMOE_COMMIT") or None, "dirty": None}
 
 # %% ../../nbs/reporting/00_records.ipynb #158ca3e4
@@ -48,10 +46,13 @@ def package_versions(
     packages: Iterable[str] = PACKAGES, # names as pip knows them
 ) -> dict[str, str | None]: # name -> version, None when not installed; Python first
     "Installed versions, found without importing anything."
-    def version(name):
-        try: return metadata.version(name)
-        except metadata.PackageNotFoundError: return None
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+@cache
+def _version(name):
+    "Looked up once: every record says fourteen of them."
+    try: return metadata.version(name)
+    except metadata.PackageNotFoundError: return None
 
 # %% ../../nbs/reporting/00_records.ipynb #13d03f89
 def device_name() -> str: # e.g. "NVIDIA H200" or "cpu, 2 threads, x86_64"
