@@ -8,7 +8,7 @@
 # make clean    forget the environment
 PYTHON ?= python3
 BIN := .venv/bin
-# notebooks and tests run side by side, one thread each
+# notebooks and tests run side by side, one thread each; a worker keeps the tests of a file together (they share what they prepare) and takes over half of another's rest
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -36,7 +36,7 @@ notebooks: install
 	SPECTRALMOE_RUNS="$$(mktemp -d)" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(TEST_WORKERS) --timing
 
 pytest: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal tests
 
 reports: install
 	$(BIN)/spectralmoe reports $(REPORT_FLAGS)
