@@ -20,7 +20,7 @@ def rest(method): return dict(method=method, head_sizes={} if METHODS[method].he
     k: v for k, v in dict(n_experts=3, rank=2).items() if k in METHODS[method].takes() and k not in METHODS[method].fields}
 
 
-@pytest.mark.parametrize("change", [dict(batch=8, crop=192), dict(batch=24, crop=128, checkpointing=True)])
+@pytest.mark.parametrize("change", [dict(batch=6, crop=192), dict(batch=18, crop=128, checkpointing=True)])
 def test_within_fifteen_percent_of_a_step_that_was_run(change):
     "At two sizes; with everything below the limit the error is that of the process, a few MiB."
     setting = {**TINY, **change}
