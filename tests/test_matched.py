@@ -146,7 +146,7 @@ def test_maps_of_what_has_no_labels_are_those_of_predict(trained, tmp_path):
 
 
 def test_published_weights_that_are_not_here_are_never_drawn_unasked(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)
     monkeypatch.setenv("SPECTRALMOE_CACHE", str(tmp_path / "cache"))
     drawn = []
     monkeypatch.setattr("spectralmoe.backbones.draw_weights", lambda *a: drawn.append(a))
@@ -155,6 +155,8 @@ def test_published_weights_that_are_not_here_are_never_drawn_unasked(tmp_path, m
     with pytest.raises(FileNotFoundError, match="nothing was started"): run_grid([dict(benchmark="fbp_cross_sensor", **asks)], tmp_path / "runs")
     assert planned("fbp_cross_sensor", **asks).config["weights"] == {"vfm": "not here", "dfm": "not here"} and not drawn
     assert run_method("fbp_cross_sensor", folder=tmp_path / "runs", train=False, **asks) is None
+    result = CliRunner().invoke(app, ["run", "benchmark", "-p", "profile=paper", "-f", str(tmp_path / "runs")])
+    assert result.exit_code == 1 and all(f"weights of {name}: model.safetensors" in result.output for name in ("dinov3-vitl16", "prompt-depth-anything-vitl")), result.output
     result = CliRunner().invoke(app, ["run", "benchmark", "-p", "profile=paper", "-p", "vfm_weights=no/vfm", "-p", "dfm_weights=random", "-f", str(tmp_path / "runs")])
     assert result.exit_code == 1 and "weights no/vfm of dinov3-vitl16" in result.output and "nothing was started" in result.output
     assert not list((tmp_path / "runs").rglob("*.ipynb")) and not drawn
