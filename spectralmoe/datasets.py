@@ -1024,7 +1024,8 @@ def train_dataloader(self: DomainDataModule) -> DataLoader: # micro-batches
     regions = [f.region for f in self.source_train.files]
     place = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
     keys = StepBatches(len(self.source_train), self.batch_size, steps, self.micro_batch, start, self.seed, *place, regions=regions if len(set(regions)) > 1 else None)
-    return DataLoader(self.source_train.crops(self.crop, self.augment), collate_fn=collate, batch_sampler=keys, **self.ahead)
+    augment = self.augment.fitted(self.statistics.std) if hasattr(self.augment, "fitted") else self.augment
+    return DataLoader(self.source_train.crops(self.crop, augment), collate_fn=collate, batch_sampler=keys, **self.ahead)
 
 @patch
 def window_loader(self: DomainDataModule,

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'ABLATIONS', 'PAPER_MODELS', 'RADAR', 'paper_numbers', 'other_setting', 'summary_table', 'summary_text',
-           'plot_radar']
+           'plot_radar', 'verdict', 'claim_variants', 'claims_table']
 
 # %% ../../nbs/reporting/06_summary.ipynb #e6166355
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from ..benchmarks import REAL, Benchmark, benchmark as find_benchmark
 from .records import RunRecord
 from .studies import colour
-from .tables import Cell, row_of, seed_scores
+from .tables import Cell, corrected, row_of, seed_scores
 
 # %% ../../nbs/reporting/06_summary.ipynb #8a74cf37
 NAMED = {"spectralmoe": "SpectralMoE", "depthforge": "DepthForge", "rein": "Rein", "fada": "FADA", "set": "SET"} # our name -> the paper's
@@ -106,3 +107,40 @@ def plot_radar(
     return fig
 
 RADAR = {"set": "#CC79A7", "fada": "#E69F00", "rein": "#0072B2", "depthforge": "#D55E00"}
+
+# %% ../../nbs/reporting/06_summary.ipynb #9356510d
+def verdict(
+    cell: Cell, # a difference, corrected or not
+) -> str: # "holds", "contradicted", "not told apart", "one seed" or "not run"
+    "What a paired difference says about the claim that it is above zero."
+    if cell.seeds < 2: return "one seed" if cell.seeds else "not run"
+    return ("holds" if cell.mean > 0 else "contradicted") if cell.significant else "not told apart"
+
+# %% ../../nbs/reporting/06_summary.ipynb #e370f286
+def claim_variants(
+    claims: Mapping[str, Sequence[Mapping]], # claim -> the variant said to be better, and the other, each as `variant_cells` takes it
+) -> tuple[dict[str, tuple[str, str]], dict[str, Mapping]]: # claim -> names of its two variants, and name -> variant
+    "Which variants there are, and which claim compares which."
+    for claim, pair in claims.items():
+        if len(pair) != 2: raise ValueError(f"claim {claim!r} has {len(pair)} variants; expected two: the one said to be better, and the other")
+        if pair[0] == pair[1]: raise ValueError(f"claim {claim!r} compares {dict(pair[0])} with itself")
+    name = lambda variant: json.dumps(variant, sort_keys=True)
+    return {claim: (name(a), name(b)) for claim, (a, b) in claims.items()}, {name(v): v for pair in claims.values() for v in pair}
+
+# %% ../../nbs/reporting/06_summary.ipynb #2c7a8d7e
+def claims_table(
+    claims: Mapping[str, tuple[str, str]], # claim -> name of the variant said to be better, and of the other
+    found: Mapping[str, Mapping[Path, RunRecord]], # task -> records of its variants, as `as_rows` gives them
+    targets: Mapping[str, Sequence[str]], # task -> names of its targets, whose pixels are taken together
+) -> "pandas.DataFrame": # (claim, task) x (source, verdict, targets, verdict); differences are `Cell`s in percentage points
+    "Every claim on every task, as paired differences."
+    import pandas as pd
+    def cell(task, pair, domains):
+        files = [path for path, r in found[task].items() if r.method in pair]
+        return Cell.between(*(seed_scores(found[task], variant, domains) for variant in pair), files)
+    rows = {(claim, task): dict(source=cell(task, pair, ["source"]), targets=cell(task, pair, list(targets[task])))
+            for claim, pair in claims.items() for task in found}
+    table = corrected(pd.DataFrame.from_dict(rows, orient="index", columns=["source", "targets"]))
+    table.index = pd.MultiIndex.from_tuples(rows, names=["claim", "task"])
+    for column in ("source", "targets"): table[f"on {column}"] = table[column].map(verdict)
+    return table[["source", "on source", "targets", "on targets"]]

@@ -22,6 +22,7 @@ from .pages import index_page
 from .plans import Page, Plan, make_page, read_plan, write_index
 from .records import RunRecord, finished, read_records
 from .studies import smaller
+from .summary import claim_variants
 from .tables import row_of
 from ..reproduce import find_experiment, notebooks_folder, runs_folder
 from ..runs import (PROFILES, Profile, backbones_of, check_setting, choose_profile, grid_cells, load_data, local_weights, planned, run_folder, run_grid,
@@ -52,6 +53,10 @@ def _ablation_cells(v):
                           _profile(v, steps=v.steps, lr=v.lr), v.overrides)
     return [cell for cells in found.values() for cell in cells]
 
+def _claims_cells(v):
+    cells = [variant_cells(claim_variants(v.claims)[1], task, v.seeds, _profile(v, steps=v.steps, lr=v.lr)) for task in map(find_benchmark, v.benchmarks)]
+    return [cell for found in cells for of in found.values() for cell in of]
+
 def _routing_cells(v):
     return [dict(benchmark=find_benchmark(v.benchmark), method=v.method, seed=v.seed, profile=_profile(v, steps=v.steps, lr=v.lr), overrides=v.overrides)]
 
@@ -71,7 +76,7 @@ def _shift_cells(v):
                                                                    train_tiles=n, experiment="shift_lab")]
 
 # %% ../../nbs/reporting/07_sweep.ipynb #8a61c1bf
-CELLS: dict[str, Callable] = {"benchmark": _benchmark_cells, "ablation": _ablation_cells, "routing": _routing_cells, "validity": _validity_cells,
+CELLS: dict[str, Callable] = {"benchmark": _benchmark_cells, "ablation": _ablation_cells, "claims": _claims_cells, "routing": _routing_cells, "validity": _validity_cells,
                               "regime": _regime_cells, "shift_lab": _shift_cells} # experiment -> its runs; the others train nothing
 
 def page_cells(
