@@ -359,7 +359,7 @@ def own_check(
     if not found.ok: raise typer.Exit(1)
 
 # %% ../nbs/32_cli.ipynb #f8de4e6d
-@partial(command, to="--to", train_tiles="--train-tiles")
+@partial(command, to="--to", train_tiles="--train-tiles", vfm_weights="--vfm-weights", dfm_weights="--dfm-weights")
 def train(
     benchmark: str, # a task file (mine.toml), or a key of BENCHMARKS
     to: Path, # folder of the model, which must not exist
@@ -371,6 +371,8 @@ def train(
     train_tiles: int = 0, # source images trained on; 0: as the benchmark says
     data: str = "", # folder the data lie under; empty: SPECTRALMOE_DATA
     inflate: str = "", # patch kernels of further bands: cyclic, rgb_kept, cyclic_scaled or by_wavelength; empty: as the profile says
+    vfm_weights: str = "", # folder, file or hub id of the visual model's weights, or random; empty: as the profile says, else looked for
+    dfm_weights: str = "", # the same for the depth model
     runs: Path | None = None, # records go here; default: SPECTRALMOE_RUNS, else ./runs
 ):
     "Trains one method on a task, scores it on every labelled target, and keeps the model."
@@ -379,7 +381,7 @@ def train(
     if to.exists(): _refuse(f"{to} is there already: delete it, or name a new folder")
     home = runs_folder(runs)
     with plain_lines():
-        p = choose_profile(profile, inflate=inflate, steps=steps, lr=lr)
+        p = choose_profile(profile, vfm_weights, dfm_weights, inflate, steps=steps, lr=lr)
         record = run_method(benchmark, method, seed, p, home, data or None, experiment="train", train_tiles=train_tiles or None)
         kept = run_folder(record, home) / "model"
         if not kept.is_dir(): raise FileNotFoundError(f"{kept} is gone, though its record is there: delete {record.path(home)} and train again")
@@ -455,12 +457,13 @@ def explore(
     typer.echo(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
 
 # %% ../nbs/32_cli.ipynb #aa0c9d1d
-@partial(command, to="--to", again="--again", stack="--stack", batch_size="--batch-size", device="--device")
+@partial(command, to="--to", again="--again", stack="--stack", batch_size="--batch-size", device="--device", task="--task")
 def predict(
     model: str, # folder written by `Segmentor.save_pretrained`, or a hub id
     scene: list[str], # GeoTIFF, VRT, JPEG 2000, /vsi... or address; with --stack the single-band files of one scene
     to: Path, # folder of the maps, which are named as the scenes
-    sensor: str | None = None, # what took the scenes, such as sentinel2; default: what the model was trained on
+    sensor: str | None = None, # what took the scenes: sentinel2, ..., tags, or a domain of the model's task; default: what the model was trained on
+    task: Path | None = None, # task file (mine.toml) whose sensors and domains can be named in --sensor; default sensor: that of its source
     bands: str | None = None, # names in file order, B2,B3,B4; default: as the files say
     layer: list[str] = [], # also probabilities, entropy, margin or experts; as often as needed
     vector: int | None = None, # also polygons (GeoPackage) of at least so many pixels
@@ -475,8 +478,10 @@ def predict(
 ):
     "Class maps of whole scenes, with colours, names and, if asked for, probabilities, experts and polygons."
     from spectralmoe.inference import predict_scenes
+    from spectralmoe.own.written import sensor_said
     names = bands and [b.strip() for b in re.split(r"[,|]", bands)]
     with plain_lines():
+        if task: sensor = sensor_said(task, sensor)
         made = predict_scenes(model, [scene] if stack else scene, to, sensor=sensor, bands=names, layers=layer, vector=vector, window=window, overlap=overlap,
                               average=average, batch_size=batch_size, precision=precision, device=device, again=again)
     for name, found in made.items():

@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'Part', 'Scene', 'look_at_scene', 'check_scene', 'Side', 'lay_windows', 'square_average', 'ahead', 'Plan',
            'Batch', 'batches', 'Finished', 'Blend', 'predictor', 'blended', 'Layer', 'layers_of', 'pixel_values',
            'Draft', 'describe_rows', 'write_cog', 'raster_style', 'write_polygons', 'ScenePrediction', 'beside',
-           'trained_on', 'predict_scene', 'seam_changes', 'SceneJob', 'predict_scenes', 'evaluate_scene']
+           'trained_on', 'scene_for', 'predict_scene', 'seam_changes', 'SceneJob', 'predict_scenes', 'evaluate_scene']
 
 # %% ../nbs/23_inference.ipynb #882b11a6
 import json
@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -37,10 +37,13 @@ from .datasets import Statistics, first_batch_report, unknown_sensor
 from .encoders.files import weights_sha256
 from .evaluation import Scores, evaluating
 from .files import digest, few, only_one, read_json, write_file, write_json
+from .own.matched import MatchedBands, find_sensor, mix_of
+from .own.tags import sensor_from_tags
 from .reading.checks import lost_to_bands
 from .reading.masks import read_mask, to_classes
 from .reading.rasters import ImageHeader, _read, is_virtual, open_raster, read_header, warn_together
 from .routing import _on_grid, expert_colours
+from .tasks import Mix
 
 # %% ../nbs/23_inference.ipynb #6928ea7c
 class Part(NamedTuple):
@@ -61,6 +64,7 @@ class Scene:
     rpcs: Mapping = field(default_factory=dict) # rational polynomial coefficients, as GDAL names them
     point: bool = False # True: coordinates are those of pixel centres
     stamp: tuple = () # names, sizes and times of all files behind it
+    mix: Mix | None = None # how the bands of the files become those of the model; None: they are taken as they are
 
     def __repr__(self):
         place = "by its transform" if self.transform else f"by {len(self.gcps)} points" if self.gcps else "by RPCs" if self.rpcs else "nowhere"
@@ -82,21 +86,34 @@ def look_at_scene(
     wanted: Sequence[str], # bands of the model, names or common names
     sensor: str | Sensor | None = None, # what took it; None: bands as the files name them, scale 1
     bands: Sequence[str] | None = None, # names in file order (of a stack: of the files); None: as the files say
+    mix: Mix | None = None, # how the sensor's bands become those of the model; None: they are taken by name
 ) -> Scene:
     "Finds the bands and the place of a scene; decodes nothing."
-    files = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    if not files: raise ValueError("no file was given; expected a raster, or one file per band")
-    sensor = _as_named(files, bands) if sensor is None else as_sensor(sensor)
+    files = _listed(paths)
+    sensor = _as_named(files, bands) if sensor is None else _from_tags(files) if sensor == "tags" else as_sensor(sensor)
+    read = mix.bands if mix else wanted
     with _remedy():
-        parts = _stack(files, sensor, wanted, bands) if len(files) > 1 else [Part(files[0], read_header(files[0], sensor, wanted, bands), tuple(wanted))]
+        parts = _stack(files, sensor, read, bands) if len(files) > 1 else [Part(files[0], read_header(files[0], sensor, read, bands), tuple(read))]
     warn_together({p.path: [_here(d) for d in p.header.doubts] for p in parts})
     with open_raster(files[0]) as source:
         points, crs = source.gcps
         crs, place = source.crs or crs, source.transform
         stamp = [_stamp(f) for path in files for f in _files(path)]
-        return Scene(tuple(parts), sensor.select(wanted), source.shape, None if place.is_identity else tuple(place)[:6],
+        return Scene(tuple(parts), (mix.sensor if mix else sensor).select(wanted), source.shape, None if place.is_identity else tuple(place)[:6],
                      crs.to_wkt(version="WKT2_2019") if crs else "", tuple((p.col, p.row, p.x, p.y, p.z or 0.0) for p in points),
-                     source.rpcs.to_gdal() if source.rpcs else {}, source.tags().get("AREA_OR_POINT") == "Point", tuple(stamp))
+                     source.rpcs.to_gdal() if source.rpcs else {}, source.tags().get("AREA_OR_POINT") == "Point", tuple(stamp), mix)
+
+def _listed(paths):
+    "Paths as texts."
+    files = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    if not files: raise ValueError("no file was given; expected a raster, or one file per band")
+    return files
+
+def _from_tags(files):
+    "The sensor that the tags of a scene describe."
+    sensor, _, told = sensor_from_tags(files[0])
+    for text in told: warnings.warn(text, stacklevel=3)
+    return sensor
 
 def _files(path):
     with open_raster(path) as source: return source.files or [path]
@@ -118,6 +135,13 @@ def _as_named(files, bands):
 # %% ../nbs/23_inference.ipynb #5cc9bc5b
 def _stack(files, sensor, wanted, bands):
     "Parts of a scene whose bands are one file each, in the order of the model."
+    found = _held(files, sensor, bands)
+    at = match_bands(sensor.select(list(found)), wanted)
+    held = [(list(found)[i], name) for i, name in zip(at, wanted)]
+    return [Part(found[own], read_header(found[own], sensor.select([own]), [own], [own]), (own,)) for own, _ in held]
+
+def _held(files, sensor, bands):
+    "Band of the sensor -> the file that holds it."
     if bands and len(bands) != len(files): raise ValueError(f"{len(files)} files and {len(bands)} names in bands= ({few(bands)}); expected one name per file")
     found, first = {}, None
     for i, path in enumerate(files):
@@ -134,9 +158,7 @@ def _stack(files, sensor, wanted, bands):
                                       "Name the files' bands in bands=, in the order of the files")
         if (other := found.setdefault(sensor.names[said[0]], path)) != path: raise ValueError(
             f"{other} and {path} both hold band {sensor.names[said[0]]!r}; expected every band once")
-    at = match_bands(sensor.select(list(found)), wanted)
-    held = [(list(found)[i], name) for i, name in zip(at, wanted)]
-    return [Part(found[own], read_header(found[own], sensor.select([own]), [own], [own]), (own,)) for own, _ in held]
+    return found
 
 def _grid_line(grid): return f"{grid[0][0]} x {grid[0][1]} px, transform {tuple(round(v, 6) for v in grid[1])}, {grid[2] or 'no crs'}"
 
@@ -158,7 +180,19 @@ def reading(self: Scene) -> Iterator[Callable]: # (row, column, height, width) -
             with np.errstate(over="ignore", invalid="ignore"): image = dn.astype("float32") * scale + offset
             image[outside | ~np.isfinite(image)] = np.nan
             return image
-        yield lambda row, col, h, w: np.concatenate([part(s, p, (row, col, h, w)) for s, p in zip(sources, self.parts)])
+        def rows(row, col, h, w): return np.concatenate([part(s, p, (row, col, h, w)) for s, p in zip(sources, self.parts)])
+        yield partial(_mixed, self.mix, rows, [b for p in self.parts for b in p.bands]) if self.mix else rows
+
+def _mixed(mix, read, names, row, col, h, w):
+    "A window of bands that are made of others, some rows at a time: a spectrometer has hundreds."
+    weights, some = mix.weights(names), max(1, 2**24 // (len(names) * w))
+    parts = []
+    for top in range(0, h, some):
+        image = read(row + top, col, min(some, h - top), w)
+        nothing = np.isnan(image)
+        parts.append(np.tensordot(weights, np.where(nothing, np.float32(0), image), 1))
+        if nothing.any(): parts[-1][np.tensordot((weights > 0).astype("float32"), nothing.astype("float32"), 1) > 0] = np.nan
+    return np.concatenate(parts, 1)
 
 def _cache(sources):
     "Bytes that GDAL may keep: 256 MiB, more where whole rows have to be decoded for every window, 1 GiB at most."
@@ -713,18 +747,45 @@ def beside(
     path = Path(path)
     return path.with_name(f"{path.stem}-{layer}{suffix}") if layer != "classes" else path.with_suffix(suffix if suffix != ".tif" else path.suffix)
 
+# %% ../nbs/23_inference.ipynb #1486e7a5
 def trained_on(
     model: nn.Module, # with a task
 ) -> Sensor | None: # None: its task is not in the registry, or its source names no sensor
-    "The sensor of the source that a model of a benchmark was trained on."
+    "The sensor of the source that a model of a benchmark was trained on; of bands matched by wavelength, as they come out."
+    if known := _matched(model): return replace(known.out, name=f"{known.out.name} of {model.task['name']}", gsd=known.sensors[known.source].gsd)
     if said := model.task.get("sensor"): # of a task file, which no registry knows
-        if "mix" in said: raise ValueError(f"the bands of {model.task['name']!r} were matched by wavelength, which scenes cannot be yet: make the scene a target without masks "
-                                           "in the task file; its map is written after training")
         from spectralmoe.bands import Band
         return Sensor(**{**said, "bands": tuple(Band(**b) for b in said["bands"]), "rgb": said["rgb"] and tuple(said["rgb"])})
     name = model.task.get("name", "")
     known = BENCHMARKS.get(name) or BENCHMARKS.get(name.removesuffix("_authors"))
     return known and known.source.fed_sensor
+
+def _matched(model):
+    "What a model knows of bands that were matched by wavelength; None: they are taken by name."
+    if said := model.task.get("matched"): return MatchedBands.from_dict(said)
+    if "mix" in model.task.get("sensor", {}): raise ValueError(
+        f"the bands of {model.task['name']!r} were matched by wavelength, and the model was saved by a version that did not keep how: train it again")
+
+def scene_for(
+    model: nn.Module, # with a task
+    paths: str | Path | Sequence[str | Path], # one raster, or single-band files on one grid
+    sensor: str | Sensor | None = None, # key of `SENSORS`, "tags", a sensor of your own, or, of matched bands, a domain of the model's task; None: as the model knows it
+    bands: Sequence[str] | None = None, # names in file order (of a stack: of the files); None: as the files say
+) -> Scene:
+    "A scene as a model reads it."
+    known, wanted = _matched(model), model.task["bands"]
+    if known is None: return look_at_scene(paths, wanted, sensor or trained_on(model), bands)
+    files = _listed(paths)
+    took = find_sensor(known, files[0], sensor, bands, len(files) == 1)
+    with _remedy(): held = read_header(files[0], took.sensor, (), bands).sensor.names if len(files) == 1 else list(_held(files, took.sensor, bands))
+    mix, notes = mix_of(known, took, held, files[0])
+    for text in notes: warnings.warn(text, stacklevel=2)
+    return look_at_scene(paths, wanted, took.sensor, bands, mix)
+
+def _about_mix(scene):
+    "What a map made of matched bands depends on, beside what every map does."
+    if scene.mix is None: return {}
+    return dict(mix=scene.mix.of, stored_nodata=scene.parts[0].header.sensor.nodata, stored=[[b.name, b.scale, b.offset] for p in scene.parts for b in p.header.sensor.select(p.bands).bands])
 
 # %% ../nbs/23_inference.ipynb #25a3d0fe
 def _ready(model, statistics):
@@ -756,9 +817,9 @@ def _existing(path, key, again):
 # %% ../nbs/23_inference.ipynb #73979a44
 def predict_scene(
     model: nn.Module, # a `Segmentor`, or a module with `task`, `statistics` and `probabilities(images)`
-    path_in: str | Path | Sequence[str | Path], # anything rasterio opens, or single-band files on one grid
+    path_in: str | Path | Sequence[str | Path] | Scene, # anything rasterio opens, or single-band files on one grid
     path_out: str | Path, # class map, .tif; everything else lies beside it
-    sensor: str | Sensor | None = None, # what took the scene; None: the sensor the model was trained on, else bands as the file names them, scale 1
+    sensor: str | Sensor | None = None, # what took the scene, see `scene_for`; None: the sensor the model was trained on, else as the file says
     bands: Sequence[str] | None = None, # names in file order; None: as the file says
     layers: Sequence[str] = (), # also "probabilities", "entropy", "margin", "experts"
     vector: int | None = None, # also polygons of at least so many pixels
@@ -777,10 +838,10 @@ def predict_scene(
     if path.suffix.lower() not in (".tif", ".tiff"): raise ValueError(f"{path}; expected a name that ends with .tif")
     if vector is not None and vector < 1: raise ValueError(f"vector={vector}; expected the least size of a polygon, 1 pixel or more")
     home, wanted = trained_on(model), layers_of(model, layers)
-    scene = look_at_scene(path_in, model.task["bands"], sensor or home, bands)
+    scene = path_in if isinstance(path_in, Scene) else scene_for(model, path_in, sensor, bands)
     plan = Plan(*(lay_windows(n, window, overlap, getattr(model, "patch", 1)) for n in scene.size), batch_size)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    about = dict(model=weights_sha256(model.state_dict()), settings=getattr(model, "settings", None), task=model.task, scene=scene.stamp, bands=[[b.name, b.scale, b.offset] for b in scene.sensor.bands], nodata=scene.sensor.nodata,
+    about = dict(model=weights_sha256(model.state_dict()), settings=getattr(model, "settings", None), task=model.task, scene=scene.stamp, bands=[[b.name, b.scale, b.offset] for b in scene.sensor.bands], nodata=scene.sensor.nodata, **_about_mix(scene),
                  window=[plan.rows.size, plan.cols.size, overlap, batch_size], average=average, layers=[layer.name for layer in wanted],
                  statistics=statistics.to_dict(), precision=precision)
     key, files = digest(about), _files_of(path, wanted)
@@ -912,7 +973,7 @@ def evaluate_scene(
     path_in: str | Path | Sequence[str | Path], # scene
     mask: str | Path, # its labels, on the same pixels
     label_map: Mapping, # file value or (r, g, b) -> class
-    sensor: str | Sensor | None = None, # what took the scene; None: as for `predict_scene`
+    sensor: str | Sensor | None = None, # what took the scene, see `scene_for`; None: as for `predict_scene`
     bands: Sequence[str] | None = None, # names in file order; None: as the file says
     window: int = 512, # side of a window, pixels
     overlap: float = 0.0, # share of a window that its neighbour covers too
@@ -922,7 +983,7 @@ def evaluate_scene(
 ) -> Scores: # pixels without a value or a label do not count
     "Scores a model on a labelled scene of any size."
     start, statistics, classes = time.perf_counter(), _ready(model, statistics), tuple(model.task["classes"])
-    scene = look_at_scene(path_in, model.task["bands"], sensor or trained_on(model), bands)
+    scene = scene_for(model, path_in, sensor, bands)
     with open_raster(mask) as source: shape = source.shape
     if shape != scene.size: raise ValueError(f"{mask} has {shape[0]} x {shape[1]} px, the scene {scene.size[0]} x {scene.size[1]}; expected labels on the same pixels")
     plan = Plan(*(lay_windows(n, window, overlap, getattr(model, "patch", 1)) for n in scene.size), batch_size)

@@ -26,7 +26,7 @@ from pathlib import Path
 import spectralmoe
 from .files import digest, nearest, only_one, read_json, replacing
 from .reporting.pages import index_page
-from .runs import check_setting, choose_profile, load_data
+from .runs import check_setting, choose_profile, load_data, require_weights
 
 # %% ../nbs/31_reproduce.ipynb #beb45782
 def notebooks_folder() -> Path: # the folder that holds the experiment notebooks
@@ -189,6 +189,7 @@ def reproduce(
     "Checks the parameters, then runs an experiment with this interpreter."
     exp, folder, failed = find_experiment(experiment), runs_folder(folder), None
     values = exp.check(parameters or {})
+    _require(exp, values)
     out = folder / experiment / f"{name or f'{experiment}-{digest(experiment, values)}'}.ipynb"
     if "folder" in exp.parameters: values = {"folder": os.path.relpath(folder, cwd or "."), **values}
     import papermill
@@ -207,6 +208,14 @@ def reproduce(
     except OSError as e: raise ExperimentFailed(f"{experiment}: {e.strerror or e}") from e
     if failed: raise ExperimentFailed(f"{experiment}: {failed}\nThe notebook up to there: {out}")
     return out
+
+def _require(exp, values):
+    "Refuses to train on published backbones whose weights are not here, before anything is started."
+    v = {name: p.default for name, p in exp.parameters.items()} | values
+    if not {"profile", "vfm_weights", "dfm_weights"} <= {*v} or not v.get("train", True): return
+    p, methods = choose_profile(v["profile"], v["vfm_weights"], v["dfm_weights"]), v.get("methods") or [v.get("method") or "spectralmoe"]
+    try: require_weights([(p, m) for m in methods])
+    except FileNotFoundError as error: raise ExperimentFailed(f"{exp.name}: {error}") from None
 
 def _without_paths(notebook, name):
     nb = json.loads(notebook.read_text(encoding="utf-8"))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ANY_UNIT', 'PROFILES', 'RANGES', 'OF_HEIGHTS', 'FUNCTIONAL', 'VARIED', 'Profile', 'choices', 'check_setting',
-           'choose_profile', 'with_structure', 'load_data', 'planned', 'weights_hash', 'predict_tile',
-           'predict_unlabelled', 'run_folder', 'run_method', 'score_domains', 'functional_test', 'grid_cells',
-           'variant_cells', 'cell_names', 'run_cell', 'lost_cell', 'in_turn', 'run_apart', 'on_engine', 'run_grid',
-           'plot_predictions']
+           'local_weights', 'weights_advice', 'choose_profile', 'backbones_of', 'require_weights', 'with_structure',
+           'load_data', 'planned', 'weights_hash', 'predict_tile', 'predict_unlabelled', 'run_folder', 'run_method',
+           'score_domains', 'functional_test', 'grid_cells', 'variant_cells', 'cell_names', 'run_cell', 'lost_cell',
+           'in_turn', 'run_apart', 'on_engine', 'run_grid', 'plot_predictions']
 
 # %% ../nbs/30_runs.ipynb #ecf956af
 import json
@@ -128,6 +128,38 @@ def check_setting(
         if twice := [v for i, v in enumerate(entries) if v in entries[:i]]: refuse(twice[0], "every entry once")
     return value
 
+# %% ../nbs/30_runs.ipynb #1220b342
+def local_weights(
+    spec: Mapping, # arguments of `load_vfm` or `load_dfm`, as a profile has them
+) -> str | None: # what to give as `weights`; "": nothing; None: they are not here
+    "Where the weights of a backbone are on this machine."
+    from huggingface_hub import try_to_load_from_cache
+    from spectralmoe.backbones import backbone_spec
+    from spectralmoe.encoders.fetch import PUBLISHED, weights_folder
+    from spectralmoe.encoders.heights import HEIGHT_BACKBONES
+    def fetched(name): return name in PUBLISHED and (weights_folder(name) / "README.md").is_file()
+    def cached(hub_id): return re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and all(
+        isinstance(try_to_load_from_cache(hub_id, file), str) for file in ("config.json", "model.safetensors"))
+    name, given, known = spec["name"], spec.get("weights"), backbone_spec(spec["name"])
+    if given: return str(given) if given == "random" or Path(given).exists() or fetched(str(given)) or cached(str(given)) else None
+    if known.shipped or spec.get("dim") or name in HEIGHT_BACKBONES: return ""
+    if known.hub_id and cached(known.hub_id): return known.hub_id
+    return name if fetched(name) else None
+
+def weights_advice(
+    role: str, # "vfm" or "dfm"
+    spec: Mapping, # arguments of its loader
+) -> str: # a line
+    "What weights are missing, and how to get them."
+    from spectralmoe.backbones import backbone_spec
+    from spectralmoe.encoders.fetch import PUBLISHED
+    known, name = backbone_spec(spec["name"]), spec["name"]
+    if spec.get("weights") in PUBLISHED: return f"weights {spec['weights']} of {name}: `spectralmoe weights fetch {spec['weights']}`"
+    if spec.get("weights"): return f"weights {spec['weights']} of {name}: neither a file or folder here nor in the hub's cache"
+    asked = ", on request" * known.gated
+    return (f"weights of {name}: model.safetensors and config.json of {known.hub_id or known.access} (licence {known.licence}{asked}); "
+            f"`spectralmoe weights fetch {name}`, or a folder of them as --{role}-weights FOLDER")
+
 # %% ../nbs/30_runs.ipynb #0fc453b3
 def choose_profile(
     profile: str | Profile, # key of `PROFILES`, or your own
@@ -142,7 +174,9 @@ def choose_profile(
     if unknown := [k for k in changes if k not in names]:
         raise TypeError(f"a profile has no field {unknown[0]!r}. {nearest(unknown[0], names)}")
     p = replace(p, **{k: v for k, v in changes.items() if isinstance(v, Mapping) or v not in (None, 0, "")})
-    given = lambda spec, weights: {**spec, "weights": weights} if weights else spec
+    def given(spec, weights):
+        found = weights or spec.get("weights") or local_weights(spec)
+        return {**spec, "weights": str(found)} if found and found != spec.get("weights") else spec
     p = replace(p, vfm=given(p.vfm, vfm_weights), dfm=given(p.dfm, dfm_weights))
     if inflate: p = replace(p, vfm={**p.vfm, "inflate": check_setting("inflate", inflate)})
     for name in ("crop", "batch_size", "steps", "precision", "val_fraction"):
@@ -153,6 +187,25 @@ def choose_profile(
     check_setting("lrs", {method: rate for method, rate in rates.items() if method})
     if rates.get("") is not None: check_setting("lr", rates[""])
     return p
+
+# %% ../nbs/30_runs.ipynb #756c1e47
+def backbones_of(
+    profile: Profile, # of a run
+    method: str, # key of `METHODS`, or "oracle"
+) -> dict[str, dict]: # "vfm" and "dfm", where the method reads them -> arguments of the loader
+    "The frozen models whose weights decide a run."
+    from spectralmoe.segmentor import METHODS
+    kind = METHODS["frozen" if method == "oracle" else method]
+    return {k: spec for k, spec, used in (("vfm", profile.vfm, kind.backbone and not kind.random), ("dfm", profile.dfm, kind.reads_depth)) if used}
+
+def require_weights(
+    runs: Iterable[tuple[Profile, str]], # profile and method of each
+) -> None: # raises FileNotFoundError
+    "Refuses runs whose backbones would be drawn unasked."
+    missing = {(role, json.dumps(spec, sort_keys=True)): (p, weights_advice(role, spec)) for p, method in runs for role, spec in backbones_of(p, method).items() if local_weights(spec) is None}
+    if missing: raise FileNotFoundError(
+        f"published weights are not here, and nothing was started ({few(dict.fromkeys(p.title for p, _ in missing.values()))}):\n" + "\n".join(f"- {line}" for _, line in missing.values()) +
+        "\nName their folders (vfm_weights=, dfm_weights=; `run ... -p vfm_weights=FOLDER`, `train ... --vfm-weights FOLDER`), or say vfm_weights=random and dfm_weights=random to draw weights that know nothing of the world")
 
 # %% ../nbs/30_runs.ipynb #32c7f69c
 OF_HEIGHTS = ("noise", "cell") # entries of `Profile.dfm` that shape the heights of the tiles and not their encoder
@@ -210,11 +263,10 @@ def planned(
     task, sizes = (opened.benchmark if opened else task), _sizes(p, task, train_tiles, opened)
     rates = p.lr if isinstance(p.lr, Mapping) else {"": p.lr}
     steps, lr = p.steps or task.steps, lr or rates.get(kind.name, rates.get("")) or task.lr
-    wanted = {"vfm": p.vfm if kind.backbone and not kind.random else None, "dfm": p.dfm if kind.reads_depth else None}
     config = dict(profile=replace(p, steps=steps, lr=lr).hashed(), steps=steps, lr=lr, weight_decay=task.weight_decay, power=task.power,
                   adapter={**kind.of_profile(p.adapter), **kind.fields, **(overrides or {})} if kind.config else {}, **sizes,
                   labels=digest(plain([task.classes, task.label_map, task.bands, task.rgb])), **({"reading": digest(task.reading)} if task.reading else {}),
-                  weights={k: weights_hash(k, json.dumps(spec, sort_keys=True)) for k, spec in wanted.items() if spec})
+                  weights={k: "not here" if local_weights(spec) is None else weights_hash(k, json.dumps(spec, sort_keys=True)) for k, spec in backbones_of(p, method).items()})
     return RunRecord(experiment, task.name, method, seed, parameters or {}, data=_fingerprints(task, opened), config=config)
 
 # %% ../nbs/30_runs.ipynb #65863346
@@ -271,29 +323,26 @@ def predict_tile(
 
 # %% ../nbs/30_runs.ipynb #b5a27b44
 def predict_unlabelled(
-    model, # a Segmentor
+    model, # a Segmentor with its statistics
     module: "DomainDataModule", # of its benchmark
     folder: str | Path, # receives a folder per target
-) -> dict[str, list[Path]]: # target -> maps, in the order of its tiles; {} where all targets have masks, or the task is one of the package
+) -> dict[str, list[Path]]: # target -> maps, in the order of its images; {} where all targets have masks, or the task is one of the package
     "Maps of the targets that nobody has labelled."
-    import numpy as np
-    import rasterio
-    from spectralmoe.files import replacing
-    task, found = module.benchmark, {}
-    colours = {i: tuple(c) for i, c in enumerate(task.palette)}
-    for name in [d.name for d in task.targets if d.layout and d.masks is None and not d.layout.mask_pattern]:
-        tiles, found[name] = module.targets[name], []
+    from spectralmoe.inference import look_at_scene, predict_scene
+    from spectralmoe.reading.rasters import warn_together
+    found, device = {}, str(next(model.parameters()).device)
+    for target in [d for d in module.benchmark.targets if d.layout and d.masks is None and not d.layout.mask_pattern]:
+        tiles, maps, doubts = module.targets[target.name], {}, {}
         for i, file in enumerate(tiles.files):
-            classes, whole = predict_tile(model, tiles, i, module.crop).astype("uint8"), tiles.reader.read(i)
-            classes[np.isnan(whole.image[0])] = 255
-            how = dict(crs=whole.crs or None, transform=rasterio.Affine(*whole.transform[:6]), nodata=255, compress="deflate")
-            found[name].append(path := Path(folder) / name / f"{file.name}.tif")
-            with replacing(path) as draft, warnings.catch_warnings():
-                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-                with rasterio.open(draft, "w", "GTiff", count=1, height=classes.shape[0], width=classes.shape[1], dtype="uint8", **how) as out:
-                    out.write(classes, 1)
-                    out.write_colormap(1, colours)
-                    out.set_band_description(1, ", ".join(f"{k} {c}" for k, c in enumerate(task.classes)))
+            if file.image in maps: continue # blocks of one image
+            way, name = tiles.reader.way(i), re.sub(r"_r\d+_c\d+$", "", file.name) if file.window else file.name
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                scene = look_at_scene(file.image, way.bands, way.sensor, file.bands, way.mix)
+                maps[file.image] = predict_scene(model, scene, Path(folder) / target.name / f"{name}.tif", window=module.crop, device=device, again=True, progress=False).path
+            doubts[file.image] = [str(w.message).removeprefix(f"{file.image}: ") for w in said if issubclass(w.category, UserWarning)]
+        warn_together(doubts)
+        found[target.name] = list(maps.values())
     return found
 
 # %% ../nbs/30_runs.ipynb #c81c3426
@@ -328,6 +377,7 @@ def run_method(
 ) -> RunRecord | None: # status "done" where this process writes; None if it was not run and is not to be
     "Trains on the source, scores on source validation and on every target, records it all."
     p = choose_profile(profile)
+    if train: require_weights([(p, check_setting("method", method))])
     task, opened = with_structure(benchmark, p), not (data is None or isinstance(data, (str, Path)))
     module = data if opened else None if task.simulated else load_data(p, task, data, train_tiles=train_tiles)
     record = planned(task, method, seed, p, module, experiment, parameters, overrides, lr, train_tiles)
@@ -567,6 +617,7 @@ def run_grid(
     cells, found, begun, clock = [c | {"benchmark": find_benchmark(c["benchmark"])} for c in cells], {}, now(), time.perf_counter()
     for cell in cells: check_setting("method", cell["method"])
     if not train: return [r for _, r in in_turn([c | {"train": False} for c in cells], folder, threads) if r]
+    require_weights([(choose_profile(c["profile"]), c["method"]) for c in cells if c.get("train", True)])
     if engine is None and (processes != 1 or device is not None):
         import torch
         engine = Local(processes, threads or max(1, torch.get_num_threads() // processes), device)

@@ -177,6 +177,7 @@ def build(cls: Segmentor,
     depth_rgb = list(getattr(b, "depth_rgb", None) or b.rgb)
     if depth_rgb != task["rgb"]: task["depth_rgb"] = depth_rgb
     if b.source.layout: task["sensor"] = b.source_sensor # a task that no registry knows
+    if matched := b.matched: task["matched"] = matched # how a scene of any sensor gets its bands
     return cls.assemble(task, m.name, vfm, dfm, config, settings, statistics)
 
 # %% ../nbs/16_segmentor.ipynb #2708b43e

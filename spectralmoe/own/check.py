@@ -9,7 +9,7 @@ __all__ = ['damaged', 'grids', 'parts_of', 'labelled_pixels', 'thumbnails', 'loo
 import html
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,21 +21,25 @@ from ..files import few
 from ..pictures import write_figure
 from ..reading.labels import grid_of
 from ..reading.masks import label_codes
-from ..reading.rasters import warn_together
+from ..reading.rasters import opened_once, warn_together
 from ..tasks import IGNORE, Benchmark
 
 # %% ../../nbs/own/03_check.ipynb #8fa43d4e
 def damaged(
     tiles: SegmentationTiles, # of one domain
+    small: dict | None = None, # receives a thumbnail of every tile without a georeference, for `look_alike`
 ) -> list[str]: # a sentence per image or mask that cannot be read or used; doubts about the others become warnings
-    "Reads every tile and its labels."
+    "Reads every tile and its labels, once: what is asked later is remembered."
     found, doubts = [], {}
     for i, file in enumerate(tiles.files):
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as said, opened_once():
                 warnings.simplefilter("always")
                 tiles.reader.shape(i)
-                tiles.look(i)
+                ground = tiles.look(i).ground
+                for path in {file.image, file.mask} - {None}:
+                    if not (path == file.mask and file.shapes): grid_of(path)
+                if small is not None and ground is None: small[file] = thumbnails(tiles, [i])[0]
         except (OSError, ValueError) as error: found.append(str(error).partition("\n")[0])
         doubts.setdefault(file.image, []).extend(str(w.message).removeprefix(f"{file.image}: ") for w in said)
     warn_together(doubts)
@@ -97,29 +101,34 @@ def labelled_pixels(
 def thumbnails(
     tiles: SegmentationTiles, # that can be read
     at: Sequence[int], # numbers of the tiles
+    small: Mapping = {}, # file -> thumbnail, of those that were made before
 ) -> np.ndarray: # (tiles, 256) mean 0, length 1; 0 where a tile is of one colour
     "Small pictures of tiles, in one band."
     found = np.zeros((len(at), 256), "float32")
     for row, i in zip(found, at):
+        if tiles.files[i] in small:
+            row[:] = small[tiles.files[i]]
+            continue
         image = np.nan_to_num(tiles.reader.read(i).image[:3].mean(0))
         cuts = [np.linspace(0, n, 17).astype(int)[:-1] for n in image.shape]
         if min(image.shape) < 16: continue
         sums = np.add.reduceat(np.add.reduceat(image, cuts[0], 0), cuts[1], 1)
         sizes = np.outer(*(np.diff([*c, n]) for c, n in zip(cuts, image.shape)))
-        small = (sums / sizes).ravel()
-        small = small - small.mean()
-        if small.std() > 1e-3 * abs(image).mean(): row[:] = small / np.linalg.norm(small)
+        means = (sums / sizes).ravel()
+        means = means - means.mean()
+        if means.std() > 1e-3 * abs(image).mean(): row[:] = means / np.linalg.norm(means)
     return found
 
 def look_alike(
     ours: SegmentationTiles, # tiles to be judged
     theirs: SegmentationTiles, # tiles they must not be
     least: float = 0.99, # correlation (chosen)
+    small: Mapping = {}, # file -> thumbnail, of those that were made before
 ) -> list[tuple[str, str]]: # names, here and there
     "Tiles without a georeference that look like one of the others."
     free = [[i for i in range(len(t)) if t.look(i).ground is None] for t in (ours, theirs)]
     if not all(free): return []
-    a, b = (thumbnails(t, at) for t, at in zip((ours, theirs), free))
+    a, b = (thumbnails(t, at, small) for t, at in zip((ours, theirs), free))
     alike = a @ b.T
     return [(ours.files[free[0][i]].name, theirs.files[free[1][int(alike[i].argmax())]].name) for i in np.flatnonzero(alike.max(1) >= least)]
 
@@ -171,7 +180,8 @@ def check_task(
     return found
 
 def _look(found, module, pictures):
-    for name, tiles in module.domains.items(): found.errors += [f"domain {name!r}: {text}" for text in damaged(tiles)]
+    small = {}
+    for name, tiles in module.domains.items(): found.errors += [f"domain {name!r}: {text}" for text in damaged(tiles, small)]
     if found.errors: return
     for name, tiles in module.domains.items():
         found.tables[f"{name}: {len(tiles)} tiles, bands {few(tiles.bands, 12)}"] = grids(tiles)
@@ -179,7 +189,7 @@ def _look(found, module, pictures):
     try: module.check()
     except ValueError as error: found.errors.append(str(error))
     for name, tiles in parts_of(module).items():
-        same = [] if name.endswith(", train") else look_alike(tiles, module._train)
+        same = [] if name.endswith(", train") else look_alike(tiles, module._train, small=small)
         if same: found.doubts.append(
             f"{name}: {len(same)} of {len(tiles)} pictures without a georeference look like pictures trained on ({few((f'{a} like {b}' for a, b in same), 3)}): "
             "the same place at another zoom or brightness? Leave them out on one side")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'CUBES', 'Said', 'Labels', 'read_labels_table', 'read_sensor', 'cube_advice', 'find_images', 'Place',
-           'read_domain', 'choose_bands', 'choose_rgb']
+           'read_domain', 'choose_bands', 'choose_rgb', 'sensor_said']
 
 # %% ../../nbs/own/02_written.ipynb #6af0e629
 import os
@@ -370,11 +370,33 @@ def from_file(cls: Benchmark,
     path: str | Path, # mine.toml
 ) -> Benchmark: # with absolute paths
     "A task of your own, from its file."
+    return cls.from_dict(_entries(path), path, Path(path).expanduser().parent)
+
+def _entries(path):
+    "What a task file says."
     try: import tomllib
     except ModuleNotFoundError: import tomli as tomllib # Python 3.10
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; expected a task file: `spectralmoe own new FOLDER` writes one")
-    try: said = tomllib.loads(read_text(path))
+    try: return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error: raise ValueError(
         f"{path} is not TOML ({error}); expected lines such as key = \"text\", key = 3, key = [\"a\", \"b\"], [table]; texts need quotes, a \\ in a path needs '...'") from None
-    return cls.from_dict(said, path, path.parent)
+
+# %% ../../nbs/own/02_written.ipynb #34a5d758
+def sensor_said(
+    path: str | Path, # mine.toml
+    name: str | None = None, # a domain, a table [sensors.NAME], or any other sensor; None: the source, or the first of its regions
+) -> str | Sensor | None: # "tags": the files say it; None: it is the source, whose files say it; a name that the file does not define as it is
+    "A sensor as a task file means it."
+    top = Said(str(path), "", _entries(path), _TOP)
+    sensors = {n: read_sensor(Said(top.file, f"sensors.{n}", t, _SENSOR), n) for n, t in top.get("sensors", dict, {}).items()}
+    if name in sensors: return sensors[name]
+    source = top.get("source", dict, {})
+    parts = {k: v for k, v in source.items() if isinstance(v, Mapping) and k not in _TABLES}
+    shared = {k: v for k, v in source.items() if k not in parts}
+    domains = {**({n: shared | t for n, t in parts.items()} or {"source": source}), **top.get("targets", dict, {})}
+    first = next(iter(domains))
+    if (name := name or first) not in domains: return name
+    said = Said(top.file, f"targets.{name}" if name in top.values.get("targets", {}) else "source", domains[name], _DOMAIN_KEYS)
+    if said.get("sensor", str) in (None, "tags"): return None if name == first else "tags"
+    return _sensor(said, None, sensors)

@@ -135,10 +135,7 @@ class Way(NamedTuple):
         "An image or a window of it (row, column, height, width), in physical units."
         raster = read_image(file.image, self.sensor, self.needed(), file.bands, window, quiet)
         if self.mix is None: return raster
-        weights = np.zeros((len(self.mix.of), len(self.needed())), "float32")
-        for i, row in enumerate(self.mix.of):
-            for name, weight in row: weights[i, self.needed().index(name)] = weight
-        with np.errstate(invalid="ignore"): return raster._replace(image=np.tensordot(weights, raster.image, 1))
+        with np.errstate(invalid="ignore"): return raster._replace(image=np.tensordot(self.mix.weights(self.needed()), raster.image, 1))
 
 def ways(
     domain: Domain, # perhaps of several regions
