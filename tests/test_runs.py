@@ -145,14 +145,14 @@ def test_a_full_disk_is_one_sentence_a_failed_record_and_no_drafts(tmp_path, mon
     assert run_method("made_tiles", "raw_conv", 0, "smoke", tmp_path, progress=None).status == "done"
 
 
-class Deadly:
+class Deadly(Profile):
     "Ends the process that reads it."
     def __reduce__(self): return os._exit, (3,)
 
 
 def test_a_grid_goes_on_when_runs_fail_and_repeats_nothing(tmp_path, capsys):
     cells = grid_cells(["made_tiles"], ["frozen", "raw_conv"], [0], profile="smoke")
-    cells.insert(1, dict(benchmark="made_tiles", method="frozen", seed=7, profile=Deadly()))
+    cells.insert(1, dict(benchmark="made_tiles", method="frozen", seed=7, profile=Deadly(**vars(PROFILES["smoke"]))))
     cells.append(dict(benchmark="wildfire_cross_region", method="frozen", seed=0, profile="smoke", data=tmp_path))
     found = run_grid(cells, tmp_path, processes=2)
     assert [(r.method, r.seed, r.status) for r in found] == [("frozen", 0, "done"), ("frozen", 7, "failed"), ("raw_conv", 0, "done"), ("frozen", 0, "failed")]
