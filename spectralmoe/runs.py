@@ -7,7 +7,7 @@ __all__ = ['ANY_UNIT', 'PROFILES', 'RANGES', 'OF_HEIGHTS', 'FUNCTIONAL', 'VARIED
            'local_weights', 'weights_advice', 'choose_profile', 'backbones_of', 'require_weights', 'with_structure',
            'load_data', 'planned', 'weights_hash', 'predict_tile', 'predict_unlabelled', 'run_folder', 'run_method',
            'score_domains', 'functional_test', 'grid_cells', 'variant_cells', 'cell_names', 'run_cell', 'lost_cell',
-           'in_turn', 'run_apart', 'on_engine', 'run_grid', 'plot_predictions']
+           'run_here', 'run_apart', 'on_engine', 'run_grid', 'plot_predictions']
 
 # %% ../nbs/30_runs.ipynb #ecf956af
 import json
@@ -558,7 +558,7 @@ def lost_cell(
                      cell["seed"], status="failed", error=why)
 
 # %% ../nbs/30_runs.ipynb #47a5a385
-def in_turn(
+def run_here(
     cells: Sequence[Mapping], # arguments of `run_method` but for `folder`
     folder: str | Path, # of all runs
     threads: int = 0, # CPU threads; 0: those torch uses here
@@ -616,12 +616,12 @@ def run_grid(
         raise ValueError(f"device={device!r}; expected 'cpu', 'cuda:0', 'cuda:1', ... or None")
     cells, found, begun, clock = [c | {"benchmark": find_benchmark(c["benchmark"])} for c in cells], {}, now(), time.perf_counter()
     for cell in cells: check_setting("method", cell["method"])
-    if not train: return [r for _, r in in_turn([c | {"train": False} for c in cells], folder, threads) if r]
+    if not train: return [r for _, r in run_here([c | {"train": False} for c in cells], folder, threads) if r]
     require_weights([(choose_profile(c["profile"]), c["method"]) for c in cells if c.get("train", True)])
     if engine is None and (processes != 1 or device is not None):
         import torch
         engine = Local(processes, threads or max(1, torch.get_num_threads() // processes), device)
-    records = on_engine(cells, folder, engine) if engine else in_turn(cells, folder, threads)
+    records = on_engine(cells, folder, engine) if engine else run_here(cells, folder, threads)
     def outcome(i):
         scores = ", ".join(f"{d} {100 * s['miou']:.1f}" for d, s in list(found[i].metrics.items())[:5] if "miou" in s)
         return f"{names[i]}: " + (found[i].error or f"{found[i].seconds:.0f} s, mIoU {scores}").strip().partition("\n")[0]
