@@ -487,7 +487,7 @@ def grid_cells(
             for m in methods for task, method in runs(t, m)]
 
 # %% ../nbs/30_runs.ipynb #d236db8a
-VARIED = ("method", "dfm", "lr", "head") # what a variant can change beside fields of SpectralMoEConfig
+VARIED = ("method", "dfm", "lr", "head", "jitter") # what a variant can change beside fields of SpectralMoEConfig
 
 def variant_cells(
     variants: Mapping[str, Mapping], # label -> what is changed
@@ -503,11 +503,11 @@ def variant_cells(
     p, cells = choose_profile(profile), {}
     for label, change in variants.items():
         change = dict(change)
-        method, dfm, lr, head = (change.pop(k, None) for k in VARIED)
+        method, dfm, lr, head, jitter = (change.pop(k, None) for k in VARIED)
         check_setting("method", method := method or "spectralmoe")
         if change and not METHODS[method].config: raise ValueError(
             f"variant {label!r}: method {method!r} has no adapter, so {sorted(change)} would have no effect; leave them out")
-        new = {k: v for k, v in dict(dfm=dict(name=dfm) if isinstance(dfm, str) else dfm, head=head).items() if v}
+        new = {k: v for k, v in dict(dfm=dict(name=dfm) if isinstance(dfm, str) else dfm, head=head, jitter=jitter).items() if v}
         fields = {**METHODS[method].of_profile(overrides), **change} if METHODS[method].config else {}
         cells[label] = [dict(benchmark=task, method=method, seed=seed, profile=replace(p, **new), overrides=fields,
                              **common, **({"lr": lr} if lr else {})) for seed in seeds]
