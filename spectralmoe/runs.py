@@ -259,7 +259,7 @@ def planned(
     if wrong := [k for k in overrides or {} if k not in known]:
         raise ValueError(f"overrides={overrides}: {(kind.config or SpectralMoEConfig).__name__} has no field {wrong[0]!r}. {nearest(wrong[0], known)}")
     if not task.simulated and (data is None or isinstance(data, (str, Path))): data = load_data(p, task, data, train_tiles=train_tiles)
-    opened = None if data is None or isinstance(data, (str, Path)) else _matching(data, task, train_tiles)
+    opened = None if data is None or isinstance(data, (str, Path)) else _matching(data, task, train_tiles, p)
     task, sizes = (opened.benchmark if opened else task), _sizes(p, task, train_tiles, opened)
     rates = p.lr if isinstance(p.lr, Mapping) else {"": p.lr}
     steps, lr = p.steps or task.steps, lr or rates.get(kind.name, rates.get("")) or task.lr
@@ -285,8 +285,11 @@ def _fingerprints(task, opened):
     if not task.simulated: return dict(opened.fingerprints)
     return {d.name: fingerprint(task, d.name) for d in task.domains if d.masks is not None}
 
-def _matching(data, task, train_tiles):
+def _matching(data, task, train_tiles, p):
     "The open data, if they are those of the run."
+    from spectralmoe.transforms import BandJitter
+    theirs, ours = [t for t in getattr(data.augment, "transforms", [data.augment]) if isinstance(t, BandJitter)], BandJitter(**(p.jitter or {}))
+    if theirs and theirs != [ours]: raise ValueError(f"the data were opened with {theirs[0]}, and the profile has {ours}; give what load_data gives for this profile, or a folder")
     if data.benchmark.name != task.name:
         raise ValueError(f"the data are of {data.benchmark.name!r} and the run is of {task.name!r}; give one benchmark's `load_data`, or a folder")
     if train_tiles not in (None, 0, len(data.source_train)):
@@ -541,7 +544,7 @@ def run_cell(
         data, p = cell.get("data"), choose_profile(cell["profile"])
         task = with_structure(cell["benchmark"], p)
         if (data is None or isinstance(data, (str, Path))) and not (task.simulated and not cell.get("train", True)):
-            key = json.dumps([task.to_dict(), p.crop, p.batch_size, p.val_fraction, cell.get("train_tiles"), str(data)])
+            key = json.dumps([task.to_dict(), p.crop, p.batch_size, p.val_fraction, p.jitter, cell.get("train_tiles"), str(data)])
             if key not in opened:
                 opened.clear()
                 opened[key] = load_data(p, task, data, train_tiles=cell.get("train_tiles"))
