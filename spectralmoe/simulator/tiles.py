@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIMULATOR', 'scene_domain', 'recipe', 'fingerprint', 'located', 'write_tile', 'write_tiles', 'build', 'verify',
-           'class_shares', 'contact_sheet', 'Heights', 'heights', 'patchwork', 'make_tiles', 'build_tiles']
+           'class_shares', 'contact_sheet', 'Heights', 'heights', 'patchwork', 'make_tiles', 'tile_mosaic',
+           'build_tiles']
 
 # %% ../../nbs/simulator/07_tiles.ipynb #201b36f4
 import hashlib
@@ -347,6 +348,27 @@ def make_tiles(
                 rows.append(f"{image},{mask},{product},{names}")
         write_file(draft / "index.csv", "\r\n".join([*rows, ""]))
     return folder
+
+# %% ../../nbs/simulator/07_tiles.ipynb #4424dc9e
+def tile_mosaic(
+    tiles: Sequence[str | Path], # GeoTIFFs of one size, kind and set of bands
+    path: str | Path, # the .vrt to write
+    height: int, # of the mosaic, pixels
+    width: int, # of the mosaic, pixels
+) -> Path: # the .vrt; it names its tiles by their absolute paths
+    "A scene of any size in which tiles repeat, without a pixel on the disk."
+    import rasterio
+    tiles = [Path(t).absolute() for t in tiles]
+    with rasterio.open(tiles[0]) as first: side, names, types, empty, crs, place = first.shape, first.descriptions, first.dtypes, first.nodata, first.crs, first.transform.to_gdal()
+    at = [(r, c, min(side[0], height - r), min(side[1], width - c)) for r in range(0, height, side[0]) for c in range(0, width, side[1])]
+    form = {"uint8": "Byte", "uint16": "UInt16", "float32": "Float32"}
+    def part(r, c, h, w, band):
+        name = tiles[(r // side[0] + 3 * (c // side[1])) % len(tiles)] # neighbours differ, down and across
+        return (f'<SimpleSource><SourceFilename>{name}</SourceFilename><SourceBand>{band}</SourceBand><SrcRect xOff="0" yOff="0" xSize="{w}" ySize="{h}"/>'
+                f'<DstRect xOff="{c}" yOff="{r}" xSize="{w}" ySize="{h}"/></SimpleSource>')
+    bands = [f'<VRTRasterBand dataType="{form[t]}" band="{b}"><Description>{n or ""}</Description>' + ("" if empty is None else f"<NoDataValue>{empty:g}</NoDataValue>") +
+             "".join(part(*p, b) for p in at) + "</VRTRasterBand>" for b, (n, t) in enumerate(zip(names, types), 1)]
+    return write_file(path, f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><SRS>{crs}</SRS><GeoTransform>{", ".join(map(repr, place))}</GeoTransform>{"".join(bands)}</VRTDataset>')
 
 # %% ../../nbs/simulator/07_tiles.ipynb #14b58f4a
 def build_tiles(
