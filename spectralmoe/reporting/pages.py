@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..benchmarks import BENCHMARKS
-from ..files import write_file
+from ..files import read_csv, write_file
 from .records import Html, RunRecord, html_table, read_records
 from .tables import ROWS, Cell, difference_table, gap_table, results_table, row_of
 
@@ -344,13 +344,20 @@ def index_page(
 def tasks_of(
     records: Mapping[Path, RunRecord], # of any experiments
 ) -> dict[str, dict[Path, RunRecord]]: # task -> its benchmark records, in the order of the registry
-    "Records by task; a task that was run in several settings is no comparison of methods and is left out."
+    "Records by task; where a task was run in several settings, those that its table of methods names, and none where there is no table."
     found = {}
     for path, r in records.items():
         if r.experiment == "benchmark": found.setdefault(row_of(r)[0], {})[path] = r
     one = lambda rs: len({(r.benchmark, r.method, r.seed) for r in rs.values()}) == len(rs)
     order = lambda t: (list(BENCHMARKS).index(t) if t in BENCHMARKS else len(BENCHMARKS), t)
-    return {t: found[t] for t in sorted(found, key=order) if one(found[t])}
+    kept = {t: found[t] if one(found[t]) else _named(t, found[t]) for t in sorted(found, key=order)}
+    return {t: rs for t, rs in kept.items() if rs and one(rs)}
+
+def _named(task, records):
+    "The records that a task's table of methods is made of: variants lie beside them."
+    table = next(iter(records)).parent.parent.parent / "tables" / f"{task}-miou.csv"
+    named = {(table.parent / f).resolve() for row in (read_csv(table) if table.is_file() else ()) for f in row["files"].split()}
+    return {p: r for p, r in records.items() if p.resolve() in named}
 
 def _sources(records, folder):
     "Every file that a number or a picture comes from."
