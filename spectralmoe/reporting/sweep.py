@@ -159,7 +159,7 @@ def speeds(
     found = {}
     for r in records:
         images = r.config.get("steps", 0) * r.config.get("batch_size", 0)
-        if r.status != "done" or not r.seconds or not images: continue
+        if r.status != "done" or not r.seconds or not images or isinstance(r.config.get("profile"), str): continue # what measures a scene trains for a moment only
         for key in _levels(r): found.setdefault(key, []).append(r.seconds / images)
     return found
 
