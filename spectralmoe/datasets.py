@@ -148,7 +148,7 @@ def band_sums(
 ) -> tuple[int, np.ndarray, np.ndarray]: # valid pixels; per band sum and sum of squares, float64
     "What a mean and a standard deviation are made of."
     values = image[:, valid].astype("float64")
-    if normalise: values /= np.maximum(np.linalg.norm(values, axis=0), 1e-12)
+    if normalise: values = unit_spectra(torch.from_numpy(values), 0).numpy()
     return values.shape[1], values.sum(1), (values**2).sum(1)
 
 # %% ../nbs/05_datasets.ipynb #40cfd14b

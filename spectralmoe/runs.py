@@ -208,6 +208,10 @@ def require_weights(
         "\nName their folders (vfm_weights=, dfm_weights=; `run ... -p vfm_weights=FOLDER`, `train ... --vfm-weights FOLDER`), or say vfm_weights=random and dfm_weights=random to draw weights that know nothing of the world")
 
 # %% ../nbs/30_runs.ipynb #32c7f69c
+def _jitter(p):
+    from spectralmoe.transforms import BandJitter
+    return BandJitter(**(p.jitter or {}))
+
 OF_HEIGHTS = ("noise", "cell") # entries of `Profile.dfm` that shape the heights of the tiles and not their encoder
 
 def with_structure(
@@ -230,11 +234,11 @@ def load_data(
     "Source and targets as every method of a benchmark is given them."
     from spectralmoe.datasets import DomainDataModule
     from spectralmoe.simulator.tiles import build_tiles
-    from spectralmoe.transforms import BandJitter, Compose, FlipRotate
+    from spectralmoe.transforms import Compose, FlipRotate
     p = choose_profile(profile)
     task = build_tiles(with_structure(benchmark, p), data or None)
     return DomainDataModule(task, None, p.batch_size, crop=p.crop, seed=seed, val_fraction=p.val_fraction,
-                            augment=Compose(FlipRotate(), BandJitter(**(p.jitter or {}))), train_tiles=train_tiles, num_workers=num_workers)
+                            augment=Compose(FlipRotate(), _jitter(p)), train_tiles=train_tiles, num_workers=num_workers)
 
 # %% ../nbs/30_runs.ipynb #7e8e03fe
 def planned(
@@ -288,7 +292,7 @@ def _fingerprints(task, opened):
 def _matching(data, task, train_tiles, p):
     "The open data, if they are those of the run."
     from spectralmoe.transforms import BandJitter
-    theirs, ours = [t for t in getattr(data.augment, "transforms", [data.augment]) if isinstance(t, BandJitter)], BandJitter(**(p.jitter or {}))
+    theirs, ours = [t for t in getattr(data.augment, "transforms", [data.augment]) if isinstance(t, BandJitter)], _jitter(p)
     if theirs and theirs != [ours]: raise ValueError(f"the data were opened with {theirs[0]}, and the profile has {ours}; give what load_data gives for this profile, or a folder")
     if data.benchmark.name != task.name:
         raise ValueError(f"the data are of {data.benchmark.name!r} and the run is of {task.name!r}; give one benchmark's `load_data`, or a folder")
