@@ -317,7 +317,7 @@ def from_file(self: WeightReader,
 
 # %% ../nbs/14_backbones.ipynb #7145a7b3
 def shipped_weights(
-    name: str, # "mini_vfm" or "mini_dfm"
+    name: str, # "mini_vfm", "mini_vfm_no_height" or "mini_dfm"
 ) -> Path: # folder with config.json, model.safetensors and README.md
     "Where the weights that come with the package are."
     import spectralmoe

@@ -17,7 +17,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -377,14 +376,12 @@ def train(
     runs: Path | None = None, # records go here; default: SPECTRALMOE_RUNS, else ./runs
 ):
     "Trains one method on a task, scores it on every labelled target, and keeps the model."
-    from spectralmoe.benchmarks import BENCHMARKS
     from spectralmoe.reproduce import runs_folder
-    from spectralmoe.runs import ANY_UNIT, choose_profile, run_folder, run_method
+    from spectralmoe.runs import choose_profile, run_folder, run_method
     if to.exists(): _refuse(f"{to} is there already: delete it, or name a new folder")
     home = runs_folder(runs)
     with plain_lines():
         p = choose_profile(profile, vfm_weights, dfm_weights, inflate, steps=steps, lr=lr)
-        if p.jitter is None and benchmark not in BENCHMARKS: p = replace(p, jitter=ANY_UNIT) # of files of one's own nobody knows the unit
         record = run_method(benchmark, method, seed, p, home, data or None, experiment="train", train_tiles=train_tiles or None)
         kept = run_folder(record, home) / "model"
         if not kept.is_dir(): raise FileNotFoundError(f"{kept} is gone, though its record is there: delete {record.path(home)} and train again")

@@ -166,6 +166,7 @@ def choose_profile(
     vfm_weights: str | None = None, # folder or hub id; None or "": as the profile says
     dfm_weights: str | None = None, # folder or hub id
     inflate: str | None = None, # patch kernels of further bands, see `load_vfm`; None or "": as the profile says
+    task: Benchmark | None = None, # whose files are read: where they are one's own, nobody knows their unit
     **changes, # other fields; None, 0 and "" leave the profile's value
 ) -> Profile:
     "A profile, with some of its fields changed, if a run can use it."
@@ -179,6 +180,7 @@ def choose_profile(
         return {**spec, "weights": str(found)} if found and found != spec.get("weights") else spec
     p = replace(p, vfm=given(p.vfm, vfm_weights), dfm=given(p.dfm, dfm_weights))
     if inflate: p = replace(p, vfm={**p.vfm, "inflate": check_setting("inflate", inflate)})
+    if p.jitter is None and task and not task.simulated and task.name not in BENCHMARKS: p = replace(p, jitter=ANY_UNIT)
     for name in ("crop", "batch_size", "steps", "precision", "val_fraction"):
         if getattr(p, name) is not None: check_setting(name, getattr(p, name))
     if isinstance(p.class_weights, str) and p.class_weights != "balanced": raise ValueError(
@@ -235,8 +237,8 @@ def load_data(
     from spectralmoe.datasets import DomainDataModule
     from spectralmoe.simulator.tiles import build_tiles
     from spectralmoe.transforms import Compose, FlipRotate
-    p = choose_profile(profile)
-    task = build_tiles(with_structure(benchmark, p), data or None)
+    p = choose_profile(profile, task=(task := find_benchmark(benchmark)))
+    task = build_tiles(with_structure(task, p), data or None)
     return DomainDataModule(task, None, p.batch_size, crop=p.crop, seed=seed, val_fraction=p.val_fraction,
                             augment=Compose(FlipRotate(), _jitter(p)), train_tiles=train_tiles, num_workers=num_workers)
 
@@ -256,8 +258,9 @@ def planned(
     "The record of a run as it will be, with its id; the arguments are those of `run_method`."
     from spectralmoe.adapter import SpectralMoEConfig
     from spectralmoe.segmentor import METHODS
-    p, kind = choose_profile(profile), METHODS[check_setting("method", method)]
-    task = with_structure(benchmark, p)
+    kind, task = METHODS[check_setting("method", method)], find_benchmark(benchmark)
+    p = choose_profile(profile, task=task)
+    task = with_structure(task, p)
     for name, value in (("seed", seed), ("lr", lr), ("train_tiles", train_tiles)): check_setting(name, value)
     known = kind.takes() if kind.tuner else [f.name for f in fields(SpectralMoEConfig)]
     if wrong := [k for k in overrides or {} if k not in known]:
@@ -383,9 +386,9 @@ def run_method(
     wait: float = 0.0, # seconds to wait for a process that trains this very run, before refusing
 ) -> RunRecord | None: # status "done" where this process writes; None if it was not run and is not to be
     "Trains on the source, scores on source validation and on every target, records it all."
-    p = choose_profile(profile)
+    p = choose_profile(profile, task=(task := find_benchmark(benchmark)))
     if train: require_weights([(p, check_setting("method", method))])
-    task, opened = with_structure(benchmark, p), not (data is None or isinstance(data, (str, Path)))
+    task, opened = with_structure(task, p), not (data is None or isinstance(data, (str, Path)))
     module = data if opened else None if task.simulated else load_data(p, task, data, train_tiles=train_tiles)
     record = planned(task, method, seed, p, module, experiment, parameters, overrides, lr, train_tiles)
     known = finished(record, folder, earlier=not train)
@@ -494,7 +497,7 @@ def grid_cells(
             for m in methods for task, method in runs(t, m)]
 
 # %% ../nbs/30_runs.ipynb #d236db8a
-VARIED = ("method", "dfm", "lr", "head", "jitter") # what a variant can change beside fields of SpectralMoEConfig
+VARIED = ("method", "vfm", "dfm", "lr", "head", "jitter") # what a variant can change beside fields of SpectralMoEConfig
 
 def variant_cells(
     variants: Mapping[str, Mapping], # label -> what is changed
@@ -510,11 +513,12 @@ def variant_cells(
     p, cells = choose_profile(profile), {}
     for label, change in variants.items():
         change = dict(change)
-        method, dfm, lr, head, jitter = (change.pop(k, None) for k in VARIED)
+        method, vfm, dfm, lr, head, jitter = (change.pop(k, None) for k in VARIED)
         check_setting("method", method := method or "spectralmoe")
         if change and not METHODS[method].config: raise ValueError(
             f"variant {label!r}: method {method!r} has no adapter, so {sorted(change)} would have no effect; leave them out")
-        new = {k: v for k, v in dict(dfm=dict(name=dfm) if isinstance(dfm, str) else dfm, head=head, jitter=jitter).items() if v}
+        named = lambda b: dict(name=b) if isinstance(b, str) else b
+        new = {k: v for k, v in dict(vfm=named(vfm), dfm=named(dfm), head=head, jitter=jitter).items() if v}
         fields = {**METHODS[method].of_profile(overrides), **change} if METHODS[method].config else {}
         cells[label] = [dict(benchmark=task, method=method, seed=seed, profile=replace(p, **new), overrides=fields,
                              **common, **({"lr": lr} if lr else {})) for seed in seeds]
@@ -545,8 +549,9 @@ def run_cell(
     "One cell of a grid."
     cell = {"progress": None, **cell}
     try:
-        data, p = cell.get("data"), choose_profile(cell["profile"])
-        task = with_structure(cell["benchmark"], p)
+        data, task = cell.get("data"), find_benchmark(cell["benchmark"])
+        p = choose_profile(cell["profile"], task=task)
+        task = with_structure(task, p)
         if (data is None or isinstance(data, (str, Path))) and not (task.simulated and not cell.get("train", True)):
             key = json.dumps([task.to_dict(), p.crop, p.batch_size, p.val_fraction, p.jitter, cell.get("train_tiles"), str(data)])
             if key not in opened:

@@ -612,7 +612,8 @@ RGB_BACKBONES = {
     "depth-anything-3-mono-large": _spec("dfm", "depth_anything_3", "large", 14, 518, 1, licence="Apache-2.0",
         hub_id="depth-anything/DA3MONO-LARGE", config=_OFFSET, files=(("model.safetensors", None),),
         access="https://huggingface.co/depth-anything/DA3MONO-LARGE, open", source=_ARXIV + "2511.10647"),
-    "mini_vfm": _mini("vfm", "dinov3_vit", 5), "mini_dfm": _mini("dfm", "depth_anything", 1)}
+    "mini_vfm": _mini("vfm", "dinov3_vit", 5), "mini_vfm_no_height": _mini("vfm", "dinov3_vit", 5),
+    "mini_dfm": _mini("dfm", "depth_anything", 1)}
 
 # %% ../../nbs/encoders/01_vit.ipynb #7fa8f9bc
 def check_published(

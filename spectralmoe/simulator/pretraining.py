@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'RANGES', 'ROOFS', 'SOIL', 'HIDDEN', 'TARGETS', 'MODELS', 'STEPS', 'held_out', 'random_region',
            'random_domain', 'random_ground', 'Group', 'render_group', 'render_pool', 'surface_targets', 'Pool', 'Batch',
-           'draw_batch', 'SurfaceModel', 'LeakyBackward', 'HeightModel', 'new_model', 'new_optimiser', 'learning_rate',
-           'take_step', 'seconds_per_step', 'device_of', 'explained', 'height_scores', 'ProbeScenes', 'probe_scenes',
-           'probe', 'predict_height', 'held_out_table', 'model_card', 'PretrainingRun', 'pretrain']
+           'draw_batch', 'SurfaceModel', 'FlatSurfaceModel', 'LeakyBackward', 'HeightModel', 'new_model',
+           'new_optimiser', 'learning_rate', 'take_step', 'seconds_per_step', 'device_of', 'explained', 'height_scores',
+           'ProbeScenes', 'probe_scenes', 'probe', 'predict_height', 'held_out_table', 'model_card', 'PretrainingRun',
+           'pretrain']
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #04a0fda3
 import copy
@@ -311,19 +312,19 @@ class SurfaceModel(nn.Module):
             num_hidden_layers=n_layers, num_attention_heads=n_heads, patch_size=patch_size, image_size=128,
             num_register_tokens=4, pos_embed_rescale=1.5))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(4))
-        self.head = nn.Linear(4 * dim, len(TARGETS) * (patch_size // 2)**2)
+        self.head = nn.Linear(4 * dim, len(self.weights) * (patch_size // 2)**2)
 
 def _levels(n_layers): return [round(n_layers * k / 4) for k in (1, 2, 3, 4)] # blocks that are read, counted from 1
 
 @patch
 def forward(self: SurfaceModel,
     images: Tensor, # (B, 3, H, W) standardised
-) -> Tensor: # (B, 8, H / 2, W / 2) standardised targets
+) -> Tensor: # (B, targets, H / 2, W / 2) standardised
     "What lies under each cell."
     config = self.encoder.config
     hidden = self.encoder(images, output_hidden_states=True).hidden_states
     levels = [norm(hidden[k][:, 5:]) for norm, k in zip(self.norms, _levels(config.num_hidden_layers))]
-    scores = self.head(torch.cat(levels, -1)).transpose(1, 2) # (b, 8 * 16, n)
+    scores = self.head(torch.cat(levels, -1)).transpose(1, 2) # (b, targets * 16, n)
     scores = scores.unflatten(2, [x // config.patch_size for x in images.shape[-2:]])
     return F.pixel_shuffle(scores, config.patch_size // 2)
 
@@ -332,10 +333,15 @@ def forward(self: SurfaceModel,
 def loss(self: SurfaceModel,
     batch: Batch, # crops
     statistics: tuple[Tensor, Tensor], # mean and deviation of the targets
-) -> Tensor: # (8,) smooth L1 per target
+) -> Tensor: # (targets,) smooth L1
     "How far the surface is from the simulated one."
     wanted = (surface_targets(batch.reflectance, batch.height) - statistics[0]) / statistics[1]
-    return F.smooth_l1_loss(self(batch.images).float(), wanted, reduction="none").mean((0, 2, 3))
+    return F.smooth_l1_loss(self(batch.images).float(), wanted[:, :len(self.weights)], reduction="none").mean((0, 2, 3))
+
+# %% ../../nbs/simulator/08_pretraining.ipynb #ab3f04ca
+class FlatSurfaceModel(SurfaceModel):
+    "A visual model that is not told heights."
+    weights = (1.0,) * 7 # of the targets in the loss: all but the height
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #82e52ea3
 class LeakyBackward(nn.ReLU):
@@ -392,20 +398,20 @@ def loss(self: HeightModel,
     return torch.stack([l1(found, wanted), (edges[0] + edges[1]) / 2])
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #128fa546
-MODELS = dict(vfm=SurfaceModel, dfm=HeightModel)
+MODELS = dict(vfm=SurfaceModel, vfm_no_height=FlatSurfaceModel, dfm=HeightModel)
 
 def new_model(
-    kind: str, # "vfm" or "dfm"
+    kind: str, # key of `MODELS`
     seed: int = 0, # of the first weights
     device: str | torch.device = "cpu", # where it is trained
     **size, # dim, n_layers, n_heads, patch_size
 ) -> SurfaceModel | HeightModel: # in training mode
     "A model with random weights."
-    if kind not in MODELS: raise ValueError(f"kind is {kind!r}: choose vfm (visual) or dfm (heights)")
+    if kind not in MODELS: raise ValueError(f"kind is {kind!r}: choose one of {', '.join(MODELS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODELS[kind](**size)
-    on_gpu = torch.device(device).type == "cuda" and kind == "vfm" # transformers has no sdpa for Depth Anything
+    on_gpu = torch.device(device).type == "cuda" and kind != "dfm" # transformers has no sdpa for Depth Anything
     model.encoder.set_attn_implementation("sdpa" if on_gpu else "eager")
     return model.to(device).train()
 
@@ -456,7 +462,7 @@ def take_step(
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #2e2cc652
 def seconds_per_step(
-    kind: str, # "vfm" or "dfm"
+    kind: str, # key of `MODELS`
     pool: Pool, # of renderings
     steps: int = 10, # timed, after three more
     tokens: int = 9216, # of a batch
@@ -491,11 +497,11 @@ def explained(
 ) -> dict[str, float]: # share of each target's variance, 1 is perfect, 0 the mean
     "How well the visual model predicts unseen ground."
     model.eval()
-    found, wanted = [], []
+    found, wanted, n = [], [], len(model.weights)
     for step in range(steps):
         batch = draw_batch(pool, step, sides=(128,), augment=False)
-        found.append((model(batch.images).float() * statistics[1] + statistics[0]).transpose(0, 1).flatten(1))
-        wanted.append(surface_targets(batch.reflectance, batch.height).transpose(0, 1).flatten(1))
+        found.append((model(batch.images).float() * statistics[1][:n] + statistics[0][:n]).transpose(0, 1).flatten(1))
+        wanted.append(surface_targets(batch.reflectance, batch.height)[:, :n].transpose(0, 1).flatten(1))
     found, wanted = torch.cat(found, 1), torch.cat(wanted, 1)
     return dict(zip(TARGETS, (1 - (found - wanted).var(1) / wanted.var(1).clamp_min(1e-9)).tolist()))
 
@@ -629,6 +635,8 @@ def held_out_table(
 _ABOUT = dict(
     vfm=("mini_vfm", "DINOv3 architecture",
          "surface reflectance at six wavelengths, NDVI and height above ground, from three bands"),
+    vfm_no_height=("mini_vfm_no_height", "DINOv3 architecture",
+         "surface reflectance at six wavelengths and NDVI, from three bands; not the height"),
     dfm=("mini_dfm", "Depth Anything V2 architecture",
          "height above ground, log(1 + metres), from red, green and blue"))
 
@@ -677,7 +685,7 @@ The probe is a linear layer on frozen tokens of four blocks, 150 steps, on named
 {held_out_table()}
 """
 
-_RGB = dict(vfm="", dfm="; those with red, green and blue bands")
+_RGB = dict(vfm="", vfm_no_height="", dfm="; those with red, green and blue bands")
 
 def _result_rows(results):
     if "probe" in results:
@@ -686,12 +694,12 @@ def _result_rows(results):
     return [(f"heights through {s}", f"AUC {v['auc']:.2f}, Spearman {v['spearman']:.2f}") for s, v in results.items()]
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #2cd166eb
-STEPS = dict(vfm=4_000, dfm=4_500) # fits 90 minutes of two cores, rendering included
+STEPS = dict(vfm=4_000, vfm_no_height=2_000, dfm=4_500) # each fits 90 minutes of two cores, rendering included
 
 class PretrainingRun:
     "A model on its way: made anew, or gone on with from the checkpoint in its folder."
     def __init__(self,
-        kind: str, # "vfm" or "dfm"
+        kind: str, # key of `MODELS`
         pool: Pool, # of renderings
         folder: str | Path, # of the checkpoint
         steps: int | None = None, # None: `STEPS[kind]`
@@ -772,7 +780,7 @@ def measure(self: PretrainingRun,
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #68a84518
 def pretrain(
-    kind: str, # "vfm" or "dfm"
+    kind: str, # key of `MODELS`
     pool: str | Path | Pool, # of renderings; a folder from `render_pool`
     folder: str | Path, # for weights, history and model card
     steps: int | None = None, # None: `STEPS[kind]`
