@@ -6,7 +6,8 @@
 __all__ = ['EXPERT_COLOURS', 'expert_colours', 'Choices', 'expert_choices', 'RoutingMap', 'routing_maps', 'winning_shares',
            'share_bars', 'write_geotiffs', 'display_rgb', 'class_colours', 'draw_experts', 'expert_legend',
            'plot_routing', 'plot_layers', 'expert_counts', 'idle_experts', 'token_labels', 'expert_by_class',
-           'expert_by_domain', 'plot_shares']
+           'expert_by_domain', 'plot_shares', 'information', 'class_information', 'boundary_distance',
+           'entropy_by_distance']
 
 # %% ../nbs/21_routing.ipynb #c98a2752
 import colorsys
@@ -454,3 +455,104 @@ def plot_shares(
             tick.set_bbox(dict(facecolor=c, edgecolor="none", pad=3))
     plt.close(fig)
     return fig
+
+# %% ../nbs/21_routing.ipynb #5ee0cac3
+def information(
+    counts: Tensor, # (..., K, E) tokens of each class and expert
+) -> Tensor: # (...) mutual information, bits
+    "How much the expert says about the class."
+    p = counts.double() / counts.sum((-2, -1), keepdim=True)
+    alone = p.sum(-1, keepdim=True) * p.sum(-2, keepdim=True)
+    return torch.where(p > 0, p * (p / alone.clamp_min(1e-300)).log2(), 0).sum((-2, -1))
+
+# %% ../nbs/21_routing.ipynb #b42bf0d7
+def class_information(
+    model: torch.nn.Module, # a `Segmentor` with an adapter
+    tiles: Iterable[Mapping], # labelled `SegmentationTiles`, or a loader of batches
+    shuffles: int = 100, # assignments of labels to other images
+    seed: int = 0, # of the assignments
+) -> "pandas.DataFrame": # (layer, modality) x bits, by chance, 95 % of chance, share of what there is to know
+    "Mutual information of expert and class, beside what chance gives."
+    import pandas as pd
+    classes, seen = len(model.task["classes"]), {}
+    for batch in _batches(tiles):
+        for m, found in expert_choices(model, batch["image"])[1].items():
+            for label, chosen in zip(token_labels(batch["label"], found.patch, classes), found.chosen[:, :, 0].cpu().unbind(1)):
+                seen.setdefault(m, []).append((label, chosen, found.n_experts))
+    if not seen: raise ValueError("no tiles were given, so there are no tokens to count")
+    draw, rows = np.random.default_rng(seed), {}
+    for m, images in seen.items():
+        shapes = [tuple(label.shape) for label, *_ in images]
+        groups = [[i for i, s in enumerate(shapes) if s == shape] for shape in dict.fromkeys(shapes)]
+        if max(map(len, groups)) < 2: raise ValueError(f"{len(images)} images of sizes {sorted(set(shapes))} in tokens: expected two or more of one size, so that labels can change places")
+        def bits(of):
+            "With the labels of image of[i] on image i."
+            return information(sum(_together(images[of[i]][0], chosen, classes, n) for i, (_, chosen, n) in enumerate(images)))
+        real, chance = bits(range(len(images))), torch.stack([bits(_others(groups, draw)) for _ in range(shuffles)])
+        known = torch.cat([label[label != IGNORE] for label, *_ in images]).bincount(minlength=classes).double()
+        most = torch.special.entr(known / known.sum()).sum() / log(2)
+        for layer, b in enumerate(real):
+            rows[layer, m] = {"bits": b.item(), "by chance": chance[:, layer].mean().item(), "95 % of chance": chance[:, layer].quantile(0.95).item(),
+                              "share of what there is to know": ((b - chance[:, layer].mean()) / most.clamp_min(1e-9)).item()}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index = pd.MultiIndex.from_tuples(rows, names=["layer", "modality"])
+    return table.sort_index(level=0, sort_remaining=False)
+
+def _others(groups, draw):
+    "Another image of its group for every image: the next one in a random round."
+    rounds = [draw.permutation(g).tolist() for g in groups]
+    return {i: j for r in rounds for i, j in zip(r, r[1:] + r[:1])}
+
+def _together(label, chosen, classes, n_experts):
+    "(L, K, E) tokens of each class and expert in one image."
+    cells = (label * n_experts + chosen)[:, label != IGNORE]
+    return torch.stack([c.bincount(minlength=classes * n_experts) for c in cells]).unflatten(1, (classes, n_experts))
+
+# %% ../nbs/21_routing.ipynb #0a5cc10c
+def boundary_distance(
+    labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
+    patch: int, # side of a token in pixels
+    n_classes: int, # K
+    reach: int = 3, # the largest distance told apart
+) -> Tensor: # (B, gh, gw) 0: two classes within the token; tokens to the nearest boundary, at most `reach`; IGNORE where no label is
+    "How far every token is from another class."
+    found = token_labels(labels, patch, n_classes)
+    padded = torch.nn.functional.pad(labels, (0, -labels.shape[-1] % patch, 0, -labels.shape[-2] % patch), value=IGNORE)
+    present = torch.stack([torch.nn.functional.max_pool2d((padded == k).float(), patch) for k in range(n_classes)]).sum(0)
+    edge = torch.zeros_like(found, dtype=torch.bool)
+    for axis in (1, 2):
+        n = found.shape[axis] - 1
+        a, b = found.narrow(axis, 0, n), found.narrow(axis, 1, n)
+        other = (a != b) & (a != IGNORE) & (b != IGNORE)
+        edge.narrow(axis, 0, n).logical_or_(other)
+        edge.narrow(axis, 1, n).logical_or_(other)
+    near = present > 1
+    distance = torch.full_like(found, reach)
+    distance[near] = 0
+    for d in range(1, reach):
+        near = (torch.nn.functional.max_pool2d(near.float(), 3, 1, 1) > 0) | edge
+        distance[near & (distance == reach)] = d
+    return torch.where(found == IGNORE, IGNORE, distance)
+
+# %% ../nbs/21_routing.ipynb #c4ff4bb9
+def entropy_by_distance(
+    model: torch.nn.Module, # a `Segmentor` with an adapter
+    tiles: Iterable[Mapping], # labelled `SegmentationTiles`, or a loader of batches
+    reach: int = 3, # tokens; what is farther counts as this far
+) -> "pandas.DataFrame": # (layer, modality) x distance 0 ... reach, relative entropy 0..1; last row: tokens
+    "How undecided gates are, by the distance to the nearest boundary of classes."
+    import pandas as pd
+    sums, tokens = {}, {}
+    for batch in _batches(tiles):
+        for m, found in expert_choices(model, batch["image"])[1].items():
+            far = boundary_distance(batch["label"], found.patch, len(model.task["classes"]), reach)
+            some, entropy = far != IGNORE, found.entropy.cpu().double() / max(log(found.n_experts), 1e-9)
+            weights = torch.nn.functional.one_hot(far[some], reach + 1).double()
+            sums[m] = sums.get(m, 0) + entropy[:, some] @ weights
+            tokens[m] = tokens.get(m, 0) + weights.sum(0)
+    if not sums: raise ValueError("no tiles were given, so there are no tokens to count")
+    rows = {(layer, m): (total / tokens[m]).tolist() for layer in range(len(sums["visual"])) for m, all_ in sums.items() for total in [all_[layer]]}
+    rows |= {("tokens", m): n.tolist() for m, n in tokens.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=[*map(str, range(reach)), f"{reach} or more"])
+    table.index = pd.MultiIndex.from_tuples(rows, names=["layer", "modality"])
+    return table.rename_axis(columns="tokens to a boundary")

@@ -661,11 +661,12 @@ def fit(
 
 # %% ../nbs/22_training.ipynb #048d94f1
 def plot_history(
-    result: FitResult, # of `fit`
+    result: FitResult | Mapping, # of `fit`, or what its history.json holds
 ) -> "matplotlib.figure.Figure": # loss, source mIoU, and one panel of loads per modality
     "Picture of a run."
     import matplotlib.pyplot as plt
-    train, load, validation = (result.history[name] for name in ("train", "load", "validation"))
+    history = getattr(result, "history", result)
+    train, load, validation = (history[name] for name in ("train", "load", "validation"))
     modalities = [name for name in ("visual", "depth") if load and name in load[0]]
     n = 2 + len(modalities)
     figure, (loss, score, *loads) = plt.subplots(
