@@ -21,7 +21,7 @@ from urllib.parse import quote
 from ..benchmarks import BENCHMARKS
 from ..files import read_csv, write_file
 from .records import Html, RunRecord, html_table, read_records
-from .tables import ROWS, Cell, difference_table, gap_table, results_table, row_of
+from .tables import ROWS, Cell, cells_of, difference_table, gap_table, results_table, row_of
 
 # %% ../../nbs/reporting/03_pages.ipynb #1c939991
 STYLE = """
@@ -187,7 +187,7 @@ def _caption(name):
 # %% ../../nbs/reporting/03_pages.ipynb #2504a829
 def glance(
     tasks: Mapping[str, Mapping[Path, RunRecord]], # task -> its records
-    targets: Mapping[str, Sequence[str]] | None = None, # task -> its targets; default: those scored
+    page: str = "", # address of the page that has the tables of the tasks; "": this one
 ) -> str: # HTML; "" for a single task
     "Target scores of every method on every task, and where a method is significantly better."
     if len(tasks) < 2: return ""
@@ -199,7 +199,7 @@ def glance(
         if not found.seeds or method == "oracle": return _short(found)
         best = max(c.mean for m, c in tables[task].items() if c.seeds and m != "oracle")
         return Html(f"<b>{_short(found)}</b>") if found.mean == best else _short(found)
-    def link(task): return Html(f'<a href="#{_anchor(heading_of(task))}">{html.escape(task.replace("_", " "))}</a>')
+    def link(task): return Html(f'<a href="{page}#{_anchor(heading_of(task))}">{html.escape(task.replace("_", " "))}</a>')
     rows = [[link(t), *(cell(t, m) for m in methods)] for t in tasks]
     return ("<p>mIoU in percent on the targets, which no method was trained on; best in bold. The oracle, which was trained on scenes "
             f'like the target\'s, is left out of that.</p><div class="box">{html_table(["task", *methods], rows)}</div>{_verdicts(tasks, methods)}')
@@ -296,9 +296,8 @@ def _csv_table(path):
     "Number of rows, and HTML."
     import pandas as pd
     data = pd.read_csv(path)
-    if data.columns[-1] != "files": return len(data), html_table(data.columns, data.round(3).fillna("").to_numpy())
-    def cell(r): return Cell(r.mean, r.half_width, r.seeds, r.status).text() if r.seeds else r.status
-    rows = [[m, *map(cell, t.itertuples())] for m, t in data.groupby("method", sort=False)]
+    if "files" not in data.columns: return len(data), html_table(data.columns, data.round(3).fillna("").to_numpy())
+    rows = [[m, *(str(row.get(d, "")) for d in data.domain.unique())] for m, row in cells_of(path).items()]
     return len(rows), html_table([data.metric[0], *data.domain.unique()], rows)
 
 def _subtitle(notebook):

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..files import digest, few, nearest, read_json, write_file
-from .pages import index_page, page_frame, tasks_of
+from .pages import glance, index_page, page_frame, tasks_of
 from .records import read_records
+from .summary import what_holds
 from .tables import difference_table, gap_table, results_table, row_of, write_table
 from ..reproduce import ExperimentFailed, find_experiment, notebooks_folder, reproduce
 
@@ -150,8 +151,10 @@ def write_index(
     folder: Path, # of the reports
 ) -> tuple[Path, Path]: # README.md and index.html
     "Writes what leads to every report."
-    lines, sections = [README], {}
+    lines, sections, claims = [README], {}, {}
     for plan in [p for p in plans if (folder / p.name).exists()]: # a report that was not begun has nothing to show
+        claims |= {p.parameters.get("title", p.page): file for p in plan.pages if p.experiment == "claims"
+                   and (file := folder / plan.name / "claims" / "tables" / f"{Path(p.page).name}.csv").exists()}
         pages = {p.page: url for p in plan.pages if (folder / (url := f"{plan.name}/{p.page}.ipynb")).exists()}
         tasks = tasks_of(read_records(folder / plan.name))
         lines += [f"## {plan.title}", plan.says, *plan.notes, _markdown_table(tasks),
@@ -160,7 +163,8 @@ def write_index(
         items = "".join(f'<li><a href="{url}">{html.escape(name)}</a></li>' for name, url in pages.items())
         folded = f"<details><summary>Executed notebooks ({len(pages)})</summary><ul>{items}</ul></details>"
         page = f'<p><a href="{plan.name}/index.html"><b>Read the report</b></a></p>'
-        sections[plan.title] = f"<p>{html.escape(plan.says)}</p>{page}{folded}"
+        sections[plan.title] = f"<p>{html.escape(plan.says)}</p>{page}{glance(tasks, f'{plan.name}/index.html')}{folded}"
+    if claims: sections = {"What holds": what_holds(claims), **sections}
     lead = ["<p>Every number in these reports is computed from records of runs.</p>"]
     return (write_file(folder / "README.md", "\n\n".join(line for line in lines if line) + "\n"),
             write_file(folder / "index.html", page_frame("Reports", lead, sections)))

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'ABLATIONS', 'PAPER_MODELS', 'RADAR', 'paper_numbers', 'other_setting', 'summary_table', 'summary_text',
-           'plot_radar', 'verdict', 'claim_variants', 'claims_table']
+           'plot_radar', 'verdict', 'claim_variants', 'claims_table', 'what_holds']
 
 # %% ../../nbs/reporting/06_summary.ipynb #e6166355
 import json
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 from ..benchmarks import REAL, Benchmark, benchmark as find_benchmark
-from .records import RunRecord
+from .records import Html, RunRecord, html_table
 from .studies import colour
-from .tables import Cell, corrected, row_of, seed_scores
+from .tables import Cell, cells_of, corrected, row_of, seed_scores
 
 # %% ../../nbs/reporting/06_summary.ipynb #8a74cf37
 NAMED = {"spectralmoe": "SpectralMoE", "depthforge": "DepthForge", "rein": "Rein", "fada": "FADA", "set": "SET"} # our name -> the paper's
@@ -144,3 +145,19 @@ def claims_table(
     table.index = pd.MultiIndex.from_tuples(rows, names=["claim", "task"])
     for column in ("source", "targets"): table[f"on {column}"] = table[column].map(verdict)
     return table[["source", "on source", "targets", "on targets"]]
+
+# %% ../../nbs/reporting/06_summary.ipynb #c33c08b3
+def what_holds(
+    tables: Mapping[str, Path], # page of claims -> its table, a .csv that `write_table` wrote
+) -> str: # HTML
+    "Every claim, page by page, and what was found."
+    rows = [(*claim.rsplit(", ", 1), page, cells) for page, path in tables.items() for claim, cells in cells_of(path).items()]
+    order = list(dict.fromkeys(claim for claim, *_ in rows))
+    said = lambda cell: f"{verdict(cell)}, {cell}" if cell.seeds else verdict(cell)
+    rows, body = sorted(rows, key=lambda r: order.index(r[0])), []
+    for i, (claim, task, page, cells) in enumerate(rows):
+        if i == 0 or rows[i - 1][0] != claim: body.append([Html(f'<b style="display:inline-block;white-space:normal;max-width:24em">{escape(claim)}</b>'), "", ""])
+        body.append([f"{task.replace('_', ' ')}, {page[0].lower()}{page[1:]}", *(said(cells[c]) for c in ("targets", "source"))])
+    return ("<p>Claims of the paper, each tested as the difference between two trainings that differ in one thing, seed by seed: points of mIoU with 95 % interval and number of seeds. "
+            "A claim holds, or is contradicted, where the interval excludes zero also after Holm's correction over its page.</p>"
+            f'<div class="box">{html_table(["claim, and where it was tested", "targets", "source validation"], body)}</div>')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'NOTE', 'STARRED', 'mean_over', 'Cell', 'pooled_scores', 'row_of', 'seed_scores', 'results_table',
-           'difference_table', 'corrected', 'gap_table', 'as_rows', 'functional_table', 'write_table']
+           'difference_table', 'corrected', 'gap_table', 'as_rows', 'functional_table', 'write_table', 'cells_of']
 
 # %% ../../nbs/reporting/01_tables.ipynb #f4abda28
 import math
@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..evaluation import Interval, holm, interval, p_value, paired
-from ..files import write_file
+from ..files import read_csv, write_file
 from .records import RunRecord
 
 # %% ../../nbs/reporting/01_tables.ipynb #d8c23342
@@ -276,3 +276,15 @@ def write_table(
     return [write_file(f"{stem}.{kind}", texts[kind]()) for kind in kinds]
 
 def _url(path, start): return quote(Path(os.path.relpath(path, start)).as_posix())
+
+# %% ../../nbs/reporting/01_tables.ipynb #ccf9e9e2
+def cells_of(
+    path: str | Path, # .csv that `write_table` wrote
+) -> dict[str, dict[str, Cell]]: # row -> column -> its number
+    "The numbers of a table on disk."
+    number, found = lambda text: float(text) if text else math.nan, {}
+    for row in read_csv(path):
+        files = tuple(Path(path).parent / f for f in row["files"].split())
+        found.setdefault(row["method"], {})[row["domain"]] = Cell(number(row["mean"]) if row["mean"] else None, number(row["half_width"]), int(row["seeds"]), row["status"],
+                                                                  files, "p_holm" in row, number(row.get("p_holm", "")))
+    return found
