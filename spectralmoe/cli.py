@@ -442,7 +442,7 @@ def explore(
     model: str, # folder of `Segmentor.save_pretrained`, or a hub id
     scene: Path, # a raster
     html: Path, # the page to write; one file that needs no network
-    sensor: str | None = None, # what took it, such as sentinel2; default: bands as the file names them
+    sensor: str | None = None, # what took it: sentinel2, ..., tags, or a domain of the model's task; default: what the model was trained on
     window: str | None = None, # row,column,height,width in pixels, at most 1024 a side; default: all
     label: Path | None = None, # mask with the codes of the model's benchmark
     against: str | None = None, # a second model, shown beside the first

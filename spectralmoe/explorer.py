@@ -27,12 +27,11 @@ import spectralmoe
 from .adapter import SpectralMoE
 from .bands import Sensor, as_sensor
 from .benchmarks import BENCHMARKS, IGNORE
-from .datasets import Statistics, named_sensor
+from .datasets import Statistics
 from .files import few, write_file
+from .inference import scene_for, trained_on
 from .pictures import paint, stretch
-from .reading.listing import TileFile
 from .reading.masks import read_mask, to_classes
-from .reading.rasters import check_header, read_image
 from .routing import RoutingMap, display_rgb, draw_experts, expert_colours, routing_maps
 
 # %% ../nbs/25_explorer.ipynb #667ce4b1
@@ -42,9 +41,9 @@ def scene_sample(
     model: torch.nn.Module, # a `Segmentor`: its bands, its statistics
     scene: Mapping | Tensor | str | Path, # item of `SegmentationTiles`, image (C, H, W) as the model takes it, or a raster
     window: Sequence[int] | None = None, # row, column, height, width in pixels; None: all
-    sensor: str | Sensor | None = None, # what took the raster; None: bands as the file names them, scale 1
+    sensor: str | Sensor | None = None, # what took the raster, see `scene_for`; None: what the model was trained on, else as the file says
     label: Tensor | np.ndarray | str | Path | None = None, # (H, W) class indices, or a mask with the codes of the benchmark
-) -> dict: # image (C, H, W) standardised, valid, label, name, transform, crs
+) -> dict: # image (C, H, W) standardised, valid, label, name; of a raster also transform, crs, sensor
     "One scene as the model takes it."
     if isinstance(scene, (str, Path)): one = _read_scene(model, Path(scene), window, sensor)
     else: one = _cut(dict(scene) if isinstance(scene, Mapping) else {"image": scene}, window)
@@ -76,18 +75,17 @@ def _inside(window, size, where):
 
 def _read_scene(model, path, window, sensor):
     "Pixels of a raster, standardised with the model's statistics."
-    bands = model.task["bands"]
-    sensor = named_sensor(TileFile(path.name, path)) if sensor is None else as_sensor(sensor)
-    height, width = check_header(path, sensor, bands)
-    if window is None and max(height, width) > MAX_SIDE: raise ValueError(
-        f"{path} has {height} x {width} pixels; one piece of at most {MAX_SIDE} x {MAX_SIDE} is shown: give window=(row, column, height, width)")
-    if window is not None: window = _inside(window, (height, width), path)
-    raster = read_image(path, sensor, bands, window=window, quiet=True)
-    image = torch.from_numpy(raster.image)
+    scene = scene_for(model, path, sensor)
+    if window is None and max(scene.size) > MAX_SIDE: raise ValueError(
+        f"{path} has {scene.size[0]} x {scene.size[1]} pixels; one piece of at most {MAX_SIDE} x {MAX_SIDE} is shown: give window=(row, column, height, width)")
+    row, column, height, width = (0, 0, *scene.size) if window is None else _inside(window, scene.size, path)
+    with scene.reading() as read: image = torch.from_numpy(read(row, column, height, width))
     if model.statistics: image = Statistics.from_dict(model.statistics).standardise(image)
     else: warnings.warn(f"the model was saved without statistics, so {path.name} is fed in physical units; if it was trained on standardised "
                         "images, give a tensor or an item that is", stacklevel=4)
-    return dict(image=image, name=path.name, transform=raster.transform, crs=raster.crs)
+    a, b, c, d, e, f = scene.transform or (0.0,) * 6
+    return dict(image=image, name=path.name, crs=scene.crs or None, sensor=scene.sensor,
+                transform=scene.transform and (a, b, c + a * column + b * row, d, e, f + d * column + e * row))
 
 def _read_label(model, label, window, size):
     "Class indices of a mask file or an array."
@@ -142,12 +140,17 @@ def look_inside(
     if model.statistics:
         mean, std = image.new_tensor([model.statistics["mean"], model.statistics["std"]])[..., None, None]
         image = image * std + mean
-    label, task = one.get("label"), BENCHMARKS.get(model.task["name"])
+    label = one.get("label")
     known = label is not None and bool((label != IGNORE).any())
-    sensor = options.get("sensor") or (task.source.fed_sensor if task and list(task.bands) == list(model.task["bands"]) else None)
     return Inside(one.get("name") or "scene", model.method, torch.where(one["valid"], image, torch.nan).numpy(force=True), p.numpy(force=True),
                   scores.argmax(0).numpy(force=True), label.numpy(force=True) if known else None, routing if routed else None,
-                  model.task, bool(model.statistics), sensor and as_sensor(sensor))
+                  model.task, bool(model.statistics), one.get("sensor") or _light(model, options.get("sensor")))
+
+def _light(model, sensor):
+    "What took an image of which nothing but its bands is known; None where these are not in it."
+    sensor, bands = as_sensor(sensor) if sensor else trained_on(model), [b for b in model.task["bands"] if b != "height"]
+    try: return sensor and sensor.select(bands)
+    except (KeyError, ValueError): return None
 
 # %% ../nbs/25_explorer.ipynb #40c8b159
 def deflate8(
@@ -381,7 +384,7 @@ def explore(
     model: "torch.nn.Module | Sequence | Mapping", # a `Segmentor`; two side by side: a list, or name -> model
     scene: "Mapping | Tensor | str | Path | Sequence", # item of `SegmentationTiles`, image (C, H, W), raster; two: a list
     window: Sequence[int] | None = None, # row, column, height, width in pixels; None: all
-    sensor: str | Sensor | None = None, # what took the scene; None: a raster's bands are as the file names them, scale 1
+    sensor: str | Sensor | None = None, # what took the scene, as `scene_sample` takes it
     label: Tensor | np.ndarray | str | Path | None = None, # (H, W) class indices or mask file, where the scene has none
     **state, # what is shown first: show ("experts"), opacity, layer (from 0), modality, highlight
 ) -> Explorer: # shows itself in a notebook

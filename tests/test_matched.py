@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from spectralmoe.bands import SENSORS, Band, Sensor
 from spectralmoe.benchmarks import benchmark
 from spectralmoe.cli import app
+from spectralmoe.explorer import look_inside
 from spectralmoe.inference import beside, predict_scene, scene_for, trained_on
 from spectralmoe.own.matched import MatchedBands
 from spectralmoe.own.spectra import response
@@ -170,3 +171,15 @@ def test_the_saved_model_keeps_what_a_task_asked_for(trained):
         warnings.simplefilter("ignore")
         task = benchmark(home / "mine.toml")
     assert config == task.matched and config["asked"] == {"low": 440, "high": 900, "overlap": 0.5, "without": []}
+
+
+def test_the_explorer_reads_a_scene_as_prediction_does(trained, tmp_path):
+    _, _, model = trained
+    scene = write(tmp_path / "um.tif", seen(OTHER), OTHER, "um")
+    made = predict_scene(model, scene, tmp_path / "map.tif", sensor="tags", window=64, overlap=0)
+    inside = look_inside(model, scene, sensor="tags")
+    with rasterio.open(made.path) as file: np.testing.assert_array_equal(file.read(1), inside.prediction)
+    np.testing.assert_allclose([b.center for b in inside.sensor.bands], [b.center for b in trained_on(model).bands])
+    part = look_inside(model, scene, sensor="tags", window=(8, 16, 32, 40))
+    np.testing.assert_allclose(part.image, inside.image[:, 8:40, 16:56], rtol=1e-4)
+    with pytest.raises(ValueError, match="more|wavelength|sensor"): look_inside(model, write(tmp_path / "untold.tif", seen(OTHER)))
