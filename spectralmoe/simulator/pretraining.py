@@ -561,11 +561,13 @@ def probe(
     test: ProbeScenes, # to score it
     steps: int = 150, # of AdamW, batches of 16
     seed: int = 0, # of the layer and the batches
+    depth: Backbone | None = None, # a depth model whose tokens are read beside, from `load_dfm`
 ) -> float: # mean IoU in per cent over the classes of `train`
     "How much of the land cover a linear layer reads from frozen features."
+    models = [backbone, *([depth] if depth else [])]
     side, classes = backbone.patch_size // 2, train.label.unique()
     code = torch.full((len(CLASSES),), -1).scatter(0, classes, torch.arange(len(classes)))
-    (x, y), (x_test, y_test) = ((_features(backbone, s.images), code[s.label[:, ::2, ::2]]) for s in (train, test))
+    (x, y), (x_test, y_test) = ((torch.cat([_features(m, s.images) for m in models], 1), code[s.label[:, ::2, ::2]]) for s in (train, test))
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True) + 1e-6
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
