@@ -6,7 +6,7 @@
 __all__ = ['pyramid_blocks', 'feature_pyramid', 'check_labels', 'class_masks', 'query_scores', 'mask2former_config',
            'init_deformable_', 'init_mask2former_', 'query_states', 'Predictions', 'DrawnForAll', 'part_of_batch',
            'matching_loss', 'Mask2FormerHead', 'pixel_cross_entropy', 'DenseHead', 'PixelShuffleHead', 'LinearHead',
-           'RawConvHead', 'weigh_classes']
+           'RawConvHead', 'SpectralHead', 'weigh_classes']
 
 # %% ../nbs/15_head.ipynb #ee151e97
 import math
@@ -289,7 +289,7 @@ class Mask2FormerHead(nn.Module):
             raise ValueError(f"scales={tuple(scales)}; expected four sizes in token grids from fine to coarse: "
                              "(4, 2, 1, 0.5) makes strides 4 to 32 of 16 px patches, (2, 1, 0.5, 0.25) of 8 px patches")
         config = mask2former_config(n_classes, **sizes)
-        self.scales, self.wants_queries, self.wants_content = tuple(scales), linked, contents
+        self.scales, self.wants_queries, self.wants_content, self.wants_images = tuple(scales), linked, contents, False
         self.n_queries, self.query_dim = config.num_queries, config.hidden_dim
         self.pixel_decoder = library.Mask2FormerPixelDecoder(config, feature_channels=[in_dim] * 4)
         self.transformer = library.Mask2FormerTransformerModule(config.feature_size, config)
@@ -358,7 +358,7 @@ def pixel_cross_entropy(
 # %% ../nbs/15_head.ipynb #defb3038
 class DenseHead(nn.Module):
     "Base of heads whose output is a map of class logits (B, K, h, w)."
-    wants_queries, n_queries, query_dim, wants_content = False, 0, 0, False
+    wants_queries, n_queries, query_dim, wants_content, wants_images = False, 0, 0, False, False
 
     def logits(
         self,
@@ -445,6 +445,36 @@ class RawConvHead(DenseHead):
     ) -> Tensor: # (B, K, H, W) class logits
         "Class logits at full resolution."
         return self.layers(features)
+
+# %% ../nbs/15_head.ipynb #d7216feb
+class SpectralHead(PixelShuffleHead):
+    "The linear layer on tokens, and two convolutions on the bands beside it."
+    wants_images = True
+
+    def __init__(
+        self,
+        in_dim: int, # D, channels of each map
+        n_classes: int, # K
+        patch_size: int, # pixels per token side
+        in_bands: int, # C, bands of the image
+        width: int = 64, # channels between the two convolutions
+    ):
+        super().__init__(in_dim, n_classes, patch_size)
+        self.pixels = RawConvHead(in_bands, n_classes, width)
+        for p in self.pixels.layers[-1].parameters(): nn.init.zeros_(p)
+        self.patch_size = patch_size
+
+    def forward(
+        self,
+        features: Sequence[Tensor], # four (B, D, h, w) maps
+        queries: None = None, # not used
+        images: Tensor | None = None, # (B, C, H, W) as the visual model is given them
+    ) -> Tensor: # (B, K, block * h, block * w) class logits
+        "Logits of tokens and of pixels, added."
+        if images is None: raise ValueError(f"images=None; expected (B, {self.pixels.layers[0].in_channels}, H, W): this head reads the bands beside the tokens")
+        tokens, pixels = super().forward(features), self.pixels(images)
+        if self.patch_size % self.block: return tokens + F.adaptive_avg_pool2d(pixels, tokens.shape[-2:])
+        return tokens + F.avg_pool2d(pixels, self.patch_size // self.block)
 
 # %% ../nbs/15_head.ipynb #cbef12e2
 def weigh_classes(

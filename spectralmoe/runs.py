@@ -44,7 +44,7 @@ class Profile:
     lr: "float | Mapping[str, float] | None" = None # at the first step; or method -> rate, "" for the others
     precision: str = "32-true" # or "bf16-mixed"
     val_fraction: float = 0.2 # part of the source images held out
-    head: str = field(default="mask2former", metadata={"since": "0.2"}) # or "pixel_shuffle"
+    head: str = field(default="mask2former", metadata={"since": "0.2"}) # or "pixel_shuffle", "spectral"
     class_weights: "str | list[float] | None" = field(default=None, metadata={"since": "0.3"}) # in the head's loss: "balanced", or one per class
     jitter: dict | None = field(default=None, metadata={"since": "0.3"}) # arguments of `BandJitter`; None: its own, for reflectance
 

@@ -24,7 +24,7 @@ from .benchmarks import IGNORE, Benchmark, benchmark as find_benchmark
 from .encoders.files import weights_sha256
 from .files import few, nearest, write_file
 from .gating import exporting
-from .head import DenseHead, LinearHead, Mask2FormerHead, PixelShuffleHead, RawConvHead, feature_pyramid, mask2former_config, weigh_classes
+from .head import DenseHead, LinearHead, Mask2FormerHead, PixelShuffleHead, RawConvHead, SpectralHead, feature_pyramid, mask2former_config, weigh_classes
 from .saving import check_state, find_pretrained, read_config, read_state, upload_pretrained, write_pretrained
 from .tuning import blocks, frequencies, tokens # noqa: F401 (their methods register themselves)
 from .tuning.methods import METHODS, Method, TunerConfig # noqa: F401 (known under this name, too)
@@ -67,7 +67,7 @@ def light_bands(
     return [b for b in task["bands"] if b != "height"]
 
 def make_head(
-    name: str, # mask2former, pixel_shuffle, linear or, for pixels, raw_conv
+    name: str, # mask2former, pixel_shuffle, spectral, linear or, for pixels, raw_conv
     task: dict, # its classes and bands count
     vfm: Backbone | None, # visual model whose tokens it reads; None for raw_conv
     config: SpectralMoEConfig | TunerConfig | None, # of the adapter, to which it is linked if that has tokens
@@ -75,13 +75,14 @@ def make_head(
 ) -> nn.Module: # with `forward`, `logits` and `loss` (page `head`)
     "The head a model was asked for."
     n, mask2former = len(task["classes"]), [*list(inspect.signature(mask2former_config).parameters)[1:], "scales"]
-    takes = {"mask2former": mask2former, "pixel_shuffle": [], "linear": [], "raw_conv": ["width"]}
-    if name not in takes: raise ValueError(f"head={name!r} is not known; expected mask2former or pixel_shuffle, or linear")
+    takes = {"mask2former": mask2former, "pixel_shuffle": [], "spectral": ["width"], "linear": [], "raw_conv": ["width"]}
+    if name not in takes: raise ValueError(f"head={name!r} is not known; expected mask2former, pixel_shuffle, spectral or linear")
     for size in sizes:
         if size not in takes[name]: raise ValueError(f"head_sizes: {name} does not take {size!r}. {nearest(size, takes[name])}")
     if name == "raw_conv": return RawConvHead(len(light_bands(task)), n, **sizes)
     if name == "linear": return LinearHead(vfm.dim, n)
     if name == "pixel_shuffle": return PixelShuffleHead(vfm.dim, n, vfm.patch_size)
+    if name == "spectral": return SpectralHead(vfm.dim, n, vfm.patch_size, len(light_bands(task)), **sizes)
     if not hasattr(config, "n_tokens"): return Mask2FormerHead(vfm.dim, n, linked=False, **sizes)
     contents = getattr(config, "content", False)
     return Mask2FormerHead(vfm.dim, n, linked=True, contents=contents, **{"n_queries": config.n_tokens, "hidden": config.query_dim, **sizes})
@@ -149,7 +150,7 @@ def build(cls: Segmentor,
     vfm: str | dict | Backbone | None = "mini_vfm", # name, arguments of `load_vfm`, or a model
     dfm: str | dict | Backbone | None = "mini_dfm", # name, arguments of `load_dfm`, or a model
     method: str = "spectralmoe", # key of `METHODS`
-    head: str = "mask2former", # or "pixel_shuffle"
+    head: str = "mask2former", # or "pixel_shuffle", or "spectral", see `make_head`
     head_sizes: dict | None = None, # arguments of the head, such as hidden, n_queries or scales
     seed: int = 0, # of the first weights
     statistics: dict | None = None, # of the data, see `Statistics`
@@ -241,8 +242,9 @@ def _run(self: Segmentor, images):
     maps = feature_pyramid(tokens, self.vfm.grid(*images.shape[-2:]), scales=self.head.scales, by_factor=released)
     if self.adapter: maps = self.adapter.maps(maps)
     queries = self.adapter.queries() if self.head.wants_queries else None
-    content = {"content": self.adapter.content(queries)} if self.head.wants_content else {}
-    return self.head(maps, queries, **content), balance, images.shape[-2:]
+    more = {"content": self.adapter.content(queries)} if self.head.wants_content else {}
+    if self.head.wants_images: more["images"] = images[:, self.light].to(maps[0].dtype)
+    return self.head(maps, queries, **more), balance, images.shape[-2:]
 
 @patch
 def _filled(self: Segmentor, x, mode, value=None):

@@ -16,7 +16,7 @@ HEAD = dict(hidden=32, n_queries=8, encoder_layers=1, decoder_layers=1, n_heads=
 
 
 def build(method="spectralmoe", **kwargs):
-    sizes = {} if METHODS[method].head or kwargs.get("head") == "pixel_shuffle" else HEAD
+    sizes = {} if METHODS[method].head or kwargs.get("head") in ("pixel_shuffle", "spectral") else HEAD
     more = {k: v for k, v in dict(n_experts=3, rank=2).items() if k in METHODS[method].takes() and k not in METHODS[method].fields}
     return Segmentor.build(**{**dict(benchmark="made_tiles", vfm=VFM, dfm=DFM, method=method, head_sizes=sizes), **more, **kwargs})
 
@@ -36,8 +36,8 @@ def train(model, images, labels, steps=2):
     return model
 
 
-@pytest.mark.parametrize("method", [m.name for m in METHODS.values() if not m.tuner])  # those are in test_baselines
-@pytest.mark.parametrize("head", ["mask2former", "pixel_shuffle"])
+@pytest.mark.parametrize("method, head", [(m.name, head) for m in METHODS.values() if not m.tuner for head in ("mask2former", "pixel_shuffle")]  # those are in test_baselines
+                         + [("frozen", "spectral"), ("spectralmoe", "spectral")])
 def test_trains_saves_loads_and_predicts_the_same(method, head, batch, tmp_path):
     model = build(method, head=head)
     start = {k: v.clone() for k, v in model.trained_state_dict().items()}
