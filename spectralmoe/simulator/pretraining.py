@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..backbones import Backbone, load_vfm
+from ..backbones import Backbone, load_dfm, load_vfm
 from ..bands import Band, Sensor, as_sensor
 from ..files import cache_folder, read_json, replacing, write_file, write_json
 from .domains import REGIONS, Domain, Region
@@ -497,10 +498,12 @@ def explained(
 ) -> dict[str, float]: # share of each target's variance, 1 is perfect, 0 the mean
     "How well the visual model predicts unseen ground."
     model.eval()
-    found, wanted, n = [], [], len(model.weights)
+    found, wanted = [], []
     for step in range(steps):
         batch = draw_batch(pool, step, sides=(128,), augment=False)
-        found.append((model(batch.images).float() * statistics[1][:n] + statistics[0][:n]).transpose(0, 1).flatten(1))
+        told = model(batch.images).float()
+        n = told.shape[1] # of the targets, the first ones
+        found.append((told * statistics[1][:n] + statistics[0][:n]).transpose(0, 1).flatten(1))
         wanted.append(surface_targets(batch.reflectance, batch.height)[:, :n].transpose(0, 1).flatten(1))
     found, wanted = torch.cat(found, 1), torch.cat(wanted, 1)
     return dict(zip(TARGETS, (1 - (found - wanted).var(1) / wanted.var(1).clamp_min(1e-9)).tolist()))
@@ -691,7 +694,8 @@ _RGB = dict(vfm="", vfm_no_height="", dfm="; those with red, green and blue band
 
 def _result_rows(results):
     if "probe" in results:
-        rows = [(f"linear probe, {k} weights", f"{v:.1f} mIoU") for k, v in results["probe"].items()]
+        said = dict(random="random weights", pretrained="pretrained weights", with_mini_dfm="pretrained weights, and tokens of mini_dfm")
+        rows = [(f"linear probe, {said[k]}", f"{v:.1f} mIoU") for k, v in results["probe"].items()]
         return rows + [(f"variance explained, {k}", f"{v:.2f}") for k, v in results["explained"].items()]
     return [(f"heights through {s}", f"AUC {v['auc']:.2f}, Spearman {v['spearman']:.2f}") for s, v in results.items()]
 
@@ -773,12 +777,14 @@ def measure(self: PretrainingRun,
     config = self.model.encoder.config
     size = dict(dim=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
                 patch_size=config.patch_size)
-    scenes = probe_scenes(scenes), probe_scenes(max(1, scenes // 2), first=10**6)
-    random, pretrained = (probe(load_vfm("mini_vfm", w, **size), *scenes) for w in ("random", str(folder)))
+    scenes, ours = (probe_scenes(scenes), probe_scenes(max(1, scenes // 2), first=10**6)), load_vfm("mini_vfm", str(folder), **size)
+    probed = dict(random=probe(load_vfm("mini_vfm", "random", **size), *scenes), pretrained=probe(ours, *scenes))
+    with suppress(FileNotFoundError): # there may be no mini_dfm yet
+        probed["with_mini_dfm"] = probe(ours, *scenes, depth=load_dfm("mini_dfm", patch_size=config.patch_size))
     with tempfile.TemporaryDirectory() as other:
         render_pool(other, 4, self.pool.recipe["seed"] + 10**3, self.pool.recipe["scenes"], workers=0, progress=None)
         share = explained(self.model, Pool(other, device=self.pool.images.device), self.pool.statistics)
-    return dict(probe=dict(random=random, pretrained=pretrained), explained=share)
+    return dict(probe=probed, explained=share)
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #68a84518
 def pretrain(
