@@ -488,9 +488,10 @@ def class_information(
         def bits(of):
             "With the labels of image of[i] on image i."
             return information(sum(_together(images[of[i]][0], chosen, classes, n) for i, (_, chosen, n) in enumerate(images)))
-        real, chance = bits(range(len(images))), torch.stack([bits(_others(groups, draw)) for _ in range(shuffles)])
         known = torch.cat([label[label != IGNORE] for label, *_ in images]).bincount(minlength=classes).double()
+        if not known.sum(): raise ValueError(f"no pixel of {len(images)} images is labelled: give labelled tiles, or look at `label_map` (every value may be mapped to {IGNORE})")
         most = torch.special.entr(known / known.sum()).sum() / log(2)
+        real, chance = bits(range(len(images))), torch.stack([bits(_others(groups, draw)) for _ in range(shuffles)])
         for layer, b in enumerate(real):
             rows[layer, m] = {"bits": b.item(), "by chance": chance[:, layer].mean().item(), "95 % of chance": chance[:, layer].quantile(0.95).item(),
                               "share of what there is to know": ((b - chance[:, layer].mean()) / most.clamp_min(1e-9)).item()}
@@ -550,7 +551,7 @@ def entropy_by_distance(
             weights = torch.nn.functional.one_hot(far[some], reach + 1).double()
             sums[m] = sums.get(m, 0) + entropy[:, some] @ weights
             tokens[m] = tokens.get(m, 0) + weights.sum(0)
-    if not sums: raise ValueError("no tiles were given, so there are no tokens to count")
+    if not sums or not tokens["visual"].sum(): raise ValueError("no tiles were given, or none with a labelled pixel, so there are no tokens to count")
     rows = {(layer, m): (total / tokens[m]).tolist() for layer in range(len(sums["visual"])) for m, all_ in sums.items() for total in [all_[layer]]}
     rows |= {("tokens", m): n.tolist() for m, n in tokens.items()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=[*map(str, range(reach)), f"{reach} or more"])
