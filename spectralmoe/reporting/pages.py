@@ -313,7 +313,7 @@ MINI = """<b>Simulated.</b> The images of these tasks were made by a simulator, 
 <code>mini_dfm</code> were pretrained on simulated scenes alone. Such numbers compare methods under a shift that is
 known exactly; they are never to be put beside those of the paper, which are of real images and far larger models."""
 EXPERIMENTS = {"claims": "What holds", "validity": "Is it a benchmark?", "regime": "Source tiles and steps", "shift_lab": "Shift laboratory",
-               "ablation": "Ablation", "backbones": "Backbones", "gradcam": "Class response", "efficiency": "Efficiency", "scene": "Whole scenes", "overview": "Overview",
+               "ablation": "Ablation", "backbones": "Backbones", "gradcam": "Class response", "efficiency": "Efficiency", "paper_step": "A training step and its data", "scene": "Whole scenes", "overview": "Overview",
                "summary": "Beside the paper"} # name -> heading, in this order
 
 def index_page(
