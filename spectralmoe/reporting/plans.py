@@ -153,8 +153,7 @@ def write_index(
     "Writes what leads to every report."
     lines, sections, claims = [README], {}, {}
     for plan in [p for p in plans if (folder / p.name).exists()]: # a report that was not begun has nothing to show
-        claims |= {p.parameters.get("title", p.page): file for p in plan.pages if p.experiment == "claims"
-                   and (file := folder / plan.name / "claims" / "tables" / f"{Path(p.page).name}.csv").exists()}
+        claims |= {file.stem.replace("_", " "): file for file in sorted((folder / plan.name).glob("claims/tables/*.csv"))}
         pages = {p.page: url for p in plan.pages if (folder / (url := f"{plan.name}/{p.page}.ipynb")).exists()}
         tasks = tasks_of(read_records(folder / plan.name))
         lines += [f"## {plan.title}", plan.says, *plan.notes, _markdown_table(tasks),

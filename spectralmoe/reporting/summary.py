@@ -157,7 +157,7 @@ def what_holds(
     rows, body = sorted(rows, key=lambda r: order.index(r[0])), []
     for i, (claim, task, page, cells) in enumerate(rows):
         if i == 0 or rows[i - 1][0] != claim: body.append([Html(f'<b style="display:inline-block;white-space:normal;max-width:24em">{escape(claim)}</b>'), "", ""])
-        body.append([f"{task.replace('_', ' ')}, {page[0].lower()}{page[1:]}", *(said(cells[c]) for c in ("targets", "source"))])
+        body.append([f"{task.replace('_', ' ')}, {page}", *(said(cells[c]) for c in ("targets", "source"))])
     return ("<p>Claims of the paper, each tested as the difference between two trainings that differ in one thing, seed by seed: points of mIoU with 95 % interval and number of seeds. "
             "A claim holds, or is contradicted, where the interval excludes zero also after Holm's correction over its page.</p>"
             f'<div class="box">{html_table(["claim, and where it was tested", "targets", "source validation"], body)}</div>')
