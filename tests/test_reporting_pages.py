@@ -60,8 +60,9 @@ def test_every_link_of_a_page_leads_somewhere(page):
     text = page.read_text(encoding="utf-8")
     links = {unescape(link) for link in re.findall('(?:href|src)="([^"]+)"', text)}
     assert links and not [x for x in links if x.startswith("http")]
-    assert not [x for x in links if x.startswith("#") and f'id="{x[1:]}"' not in text]
-    assert not [x for x in links if not x.startswith("#") and not (page.parent / x).exists()]
+    at = {x: (page.parent / path if path else page, anchor) for x in links for path, _, anchor in [x.partition("#")]}
+    assert not [x for x, (there, _) in at.items() if not there.exists()]
+    assert not [x for x, (there, anchor) in at.items() if anchor and f'id="{anchor}"' not in there.read_text(encoding="utf-8")]
 
 
 def test_reports_readme_leads_to_every_page_and_notebook():
