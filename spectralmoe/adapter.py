@@ -202,20 +202,17 @@ def check_tokens(
 # %% ../nbs/13_adapter.ipynb #de158101
 def thin_products(f, experts, gate):
     "Products f B^T, and what of the gate came with them: one product serves both."
-    rows, near = {}, gate.near_rows(f)
+    rows, near, found = {}, gate.near_rows(f), {}
     if experts.perceptual == "dot": rows["inner"] = experts.B.flatten(0, 1)
     if gate.training: rows["noise_logits"] = gate.noise_weight
-    rounded = near is not None and torch.is_autocast_enabled("cpu")
-    if near is not None and not rounded: rows["near"] = near[0]
-    if set(rows) <= {"noise_logits"} and not rounded: return None, {}
-    found, squares = {}, None
-    if rounded: # all but what decides
-        with torch.autocast("cpu", enabled=False): found["near"], squares = TokenProducts.apply(f, *near)
-    if rows:
-        stacked = torch.cat(list(rows.values()))
-        if "near" in rows: products, squares = TokenProducts.apply(f, stacked, near[1])
-        else: products = f @ stacked.T
-        found |= dict(zip(rows, products.split([len(r) for r in rows.values()], -1)))
+    if near is not None: rows["near"] = near[0]
+    elif torch.is_autocast_enabled("cpu"): # what decides is computed apart, and not rounded
+        with torch.autocast("cpu", enabled=False):
+            if (apart := gate.near_rows(f)) is not None: found["near"] = TokenProducts.apply(f, *apart)
+    if set(rows) <= {"noise_logits"}: return None, found
+    stacked = torch.cat(list(rows.values()))
+    products, squares = (f @ stacked.T, None) if near is None else TokenProducts.apply(f, stacked, near[1])
+    found |= dict(zip(rows, products.split([len(r) for r in rows.values()], -1)))
     if near is not None: found["near"] = found["near"], squares
     return found.pop("inner", None), found
 

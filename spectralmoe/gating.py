@@ -234,7 +234,7 @@ class NoisyTopKGate(nn.Module):
         tokens: Tensor, # (T, D) that are to be routed
     ) -> tuple[Tensor, Tensor] | None: # (E, D) rows and (D,) origin for `TokenProducts`; None: it would not be used
         "Prototypes around their mean, where distances come from one pass over the tokens."
-        if not on_processor(tokens) or not tokens.dtype == self.weight.dtype == torch.float32: return None
+        if not on_processor(tokens) or not tokens.dtype == self.weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"): return None
         if self.score != "laplace" or self.p != 2: return None # a square would double what is rounded
         origin = self.weight.detach().mean(0)
         return self.weight - origin, origin
