@@ -32,6 +32,7 @@ from .files import few, write_file
 from .inference import scene_for, trained_on
 from .pictures import paint, stretch
 from .reading.masks import read_mask, to_classes
+from .reading.rasters import shifted
 from .routing import RoutingMap, display_rgb, draw_experts, expert_colours, routing_maps
 
 # %% ../nbs/25_explorer.ipynb #667ce4b1
@@ -83,9 +84,7 @@ def _read_scene(model, path, window, sensor):
     if model.statistics: image = Statistics.from_dict(model.statistics).standardise(image)
     else: warnings.warn(f"the model was saved without statistics, so {path.name} is fed in physical units; if it was trained on standardised "
                         "images, give a tensor or an item that is", stacklevel=4)
-    a, b, c, d, e, f = scene.transform or (0.0,) * 6
-    return dict(image=image, name=path.name, crs=scene.crs or None, sensor=scene.sensor,
-                transform=scene.transform and (a, b, c + a * column + b * row, d, e, f + d * column + e * row))
+    return dict(image=image, name=path.name, crs=scene.crs or None, sensor=scene.sensor, transform=scene.transform and shifted(scene.transform, row, column))
 
 def _read_label(model, label, window, size):
     "Class indices of a mask file or an array."

@@ -373,11 +373,14 @@ def token_labels(
     n_classes: int, # K
 ) -> Tensor: # (B, gh, gw) the most frequent class of each token, IGNORE where there is none
     "Labels at token resolution, by majority of valid pixels; the lower class wins a tie."
+    best, winner = _class_shares(labels, patch, n_classes).max(0)
+    return torch.where(best > 0, winner, IGNORE)
+
+def _class_shares(labels, patch, n_classes):
+    "(K, B, gh, gw) share of every class in each token."
     height, width = labels.shape[-2:]
     padded = torch.nn.functional.pad(labels, (0, -width % patch, 0, -height % patch), value=IGNORE)
-    pool, classes = torch.nn.functional.avg_pool2d, range(n_classes)
-    best, winner = torch.stack([pool((padded == k).float(), patch) for k in classes]).max(0)
-    return torch.where(best > 0, winner, IGNORE)
+    return torch.stack([torch.nn.functional.avg_pool2d((padded == k).float(), patch) for k in range(n_classes)])
 
 # %% ../nbs/21_routing.ipynb #a55df82b
 def _batches(tiles):
@@ -386,16 +389,23 @@ def _batches(tiles):
         one = batch["image"].ndim == 3
         yield {k: v[None] if one else v for k, v in batch.items() if isinstance(v, Tensor)}
 
+def _routed(model, tiles):
+    "Batch, modality and `Choices`, one after the other."
+    batch = None
+    for batch in _batches(tiles):
+        for m, found in expert_choices(model, batch["image"])[1].items(): yield batch, m, found
+    if batch is None: raise ValueError("no tiles were given, so there are no tokens to count")
+
+def _together(groups, chosen, n_groups, n_experts):
+    "(L, groups, E) tokens of each group and expert; groups (...), chosen (L, ...), IGNORE leaves out."
+    cells = (groups * n_experts + chosen)[:, groups != IGNORE]
+    return torch.stack([c.bincount(minlength=n_groups * n_experts) for c in cells]).unflatten(1, (n_groups, n_experts))
+
 def _tally(model, tiles, group, n_groups):
     "modality -> (L, groups, E) tokens; group(batch, patch) -> (B, gh, gw), IGNORE leaves out."
     counts = {}
-    for batch in _batches(tiles):
-        for m, found in expert_choices(model, batch["image"])[1].items():
-            groups, shape = group(batch, found.patch), (n_groups, found.n_experts)
-            cells = (groups * found.n_experts + found.chosen[:, :, 0].cpu())[:, groups != IGNORE]
-            new = torch.stack([c.bincount(minlength=n_groups * found.n_experts) for c in cells])
-            counts[m] = counts.get(m, 0) + new.unflatten(1, shape)
-    if not counts: raise ValueError("no tiles were given, so there are no tokens to count")
+    for batch, m, found in _routed(model, tiles):
+        counts[m] = counts.get(m, 0) + _together(group(batch, found.patch), found.chosen[:, :, 0].cpu(), n_groups, found.n_experts)
     return counts
 
 def _shares(counts, names, level):
@@ -475,11 +485,9 @@ def class_information(
     "Mutual information of expert and class, beside what chance gives."
     import pandas as pd
     classes, seen = len(model.task["classes"]), {}
-    for batch in _batches(tiles):
-        for m, found in expert_choices(model, batch["image"])[1].items():
-            for label, chosen in zip(token_labels(batch["label"], found.patch, classes), found.chosen[:, :, 0].cpu().unbind(1)):
-                seen.setdefault(m, []).append((label, chosen, found.n_experts))
-    if not seen: raise ValueError("no tiles were given, so there are no tokens to count")
+    for batch, m, found in _routed(model, tiles):
+        for label, chosen in zip(token_labels(batch["label"], found.patch, classes), found.chosen[:, :, 0].cpu().unbind(1)):
+            seen.setdefault(m, []).append((label, chosen, found.n_experts))
     draw, rows = np.random.default_rng(seed), {}
     for m, images in seen.items():
         shapes = [tuple(label.shape) for label, *_ in images]
@@ -504,11 +512,6 @@ def _others(groups, draw):
     rounds = [draw.permutation(g).tolist() for g in groups]
     return {i: j for r in rounds for i, j in zip(r, r[1:] + r[:1])}
 
-def _together(label, chosen, classes, n_experts):
-    "(L, K, E) tokens of each class and expert in one image."
-    cells = (label * n_experts + chosen)[:, label != IGNORE]
-    return torch.stack([c.bincount(minlength=classes * n_experts) for c in cells]).unflatten(1, (classes, n_experts))
-
 # %% ../nbs/21_routing.ipynb #0a5cc10c
 def boundary_distance(
     labels: Tensor, # (B, H, W) class indices, IGNORE where unknown
@@ -518,8 +521,6 @@ def boundary_distance(
 ) -> Tensor: # (B, gh, gw) 0: two classes within the token; tokens to the nearest boundary, at most `reach`; IGNORE where no label is
     "How far every token is from another class."
     found = token_labels(labels, patch, n_classes)
-    padded = torch.nn.functional.pad(labels, (0, -labels.shape[-1] % patch, 0, -labels.shape[-2] % patch), value=IGNORE)
-    present = torch.stack([torch.nn.functional.max_pool2d((padded == k).float(), patch) for k in range(n_classes)]).sum(0)
     edge = torch.zeros_like(found, dtype=torch.bool)
     for axis in (1, 2):
         n = found.shape[axis] - 1
@@ -527,7 +528,7 @@ def boundary_distance(
         other = (a != b) & (a != IGNORE) & (b != IGNORE)
         edge.narrow(axis, 0, n).logical_or_(other)
         edge.narrow(axis, 1, n).logical_or_(other)
-    near = present > 1
+    near = (_class_shares(labels, patch, n_classes) > 0).sum(0) > 1
     distance = torch.full_like(found, reach)
     distance[near] = 0
     for d in range(1, reach):
@@ -544,14 +545,13 @@ def entropy_by_distance(
     "How undecided gates are, by the distance to the nearest boundary of classes."
     import pandas as pd
     sums, tokens = {}, {}
-    for batch in _batches(tiles):
-        for m, found in expert_choices(model, batch["image"])[1].items():
-            far = boundary_distance(batch["label"], found.patch, len(model.task["classes"]), reach)
-            some, entropy = far != IGNORE, found.entropy.cpu().double() / max(log(found.n_experts), 1e-9)
-            weights = torch.nn.functional.one_hot(far[some], reach + 1).double()
-            sums[m] = sums.get(m, 0) + entropy[:, some] @ weights
-            tokens[m] = tokens.get(m, 0) + weights.sum(0)
-    if not sums or not tokens["visual"].sum(): raise ValueError("no tiles were given, or none with a labelled pixel, so there are no tokens to count")
+    for batch, m, found in _routed(model, tiles):
+        far = boundary_distance(batch["label"], found.patch, len(model.task["classes"]), reach)
+        some, entropy = far != IGNORE, found.entropy.cpu().double() / max(log(found.n_experts), 1e-9)
+        weights = torch.nn.functional.one_hot(far[some], reach + 1).double()
+        sums[m] = sums.get(m, 0) + entropy[:, some] @ weights
+        tokens[m] = tokens.get(m, 0) + weights.sum(0)
+    if not tokens["visual"].sum(): raise ValueError("no tile has a labelled pixel, so there are no tokens to count")
     rows = {(layer, m): (total / tokens[m]).tolist() for layer in range(len(sums["visual"])) for m, all_ in sums.items() for total in [all_[layer]]}
     rows |= {("tokens", m): n.tolist() for m, n in tokens.items()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=[*map(str, range(reach)), f"{reach} or more"])

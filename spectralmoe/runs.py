@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ANY_UNIT', 'PROFILES', 'RANGES', 'OF_HEIGHTS', 'FUNCTIONAL', 'VARIED', 'Profile', 'choices', 'check_setting',
            'local_weights', 'weights_advice', 'choose_profile', 'backbones_of', 'require_weights', 'with_structure',
-           'load_data', 'planned', 'weights_hash', 'predict_tile', 'predict_unlabelled', 'run_folder', 'run_method',
-           'score_domains', 'functional_test', 'grid_cells', 'variant_cells', 'cell_names', 'run_cell', 'lost_cell',
-           'run_here', 'run_apart', 'on_engine', 'run_grid', 'plot_predictions']
+           'profile_and_task', 'load_data', 'planned', 'weights_hash', 'predict_tile', 'predict_unlabelled',
+           'run_folder', 'run_method', 'score_domains', 'functional_test', 'grid_cells', 'variant_cells', 'cell_names',
+           'run_cell', 'lost_cell', 'run_here', 'run_apart', 'on_engine', 'run_grid', 'plot_predictions']
 
 # %% ../nbs/30_runs.ipynb #ecf956af
 import json
@@ -166,7 +166,6 @@ def choose_profile(
     vfm_weights: str | None = None, # folder or hub id; None or "": as the profile says
     dfm_weights: str | None = None, # folder or hub id
     inflate: str | None = None, # patch kernels of further bands, see `load_vfm`; None or "": as the profile says
-    task: Benchmark | None = None, # whose files are read: where they are one's own, nobody knows their unit
     **changes, # other fields; None, 0 and "" leave the profile's value
 ) -> Profile:
     "A profile, with some of its fields changed, if a run can use it."
@@ -180,7 +179,6 @@ def choose_profile(
         return {**spec, "weights": str(found)} if found and found != spec.get("weights") else spec
     p = replace(p, vfm=given(p.vfm, vfm_weights), dfm=given(p.dfm, dfm_weights))
     if inflate: p = replace(p, vfm={**p.vfm, "inflate": check_setting("inflate", inflate)})
-    if p.jitter is None and task and not task.simulated and task.name not in BENCHMARKS: p = replace(p, jitter=ANY_UNIT)
     for name in ("crop", "batch_size", "steps", "precision", "val_fraction"):
         if getattr(p, name) is not None: check_setting(name, getattr(p, name))
     if isinstance(p.class_weights, str) and p.class_weights != "balanced": raise ValueError(
@@ -225,6 +223,15 @@ def with_structure(
     if profile.dfm["name"] not in HEIGHT_BACKBONES: return find_benchmark(benchmark)
     return with_heights(benchmark, **{k: profile.dfm[k] for k in OF_HEIGHTS if k in profile.dfm})
 
+def profile_and_task(
+    profile: str | Profile, # key of `PROFILES`, or your own
+    benchmark: str | Benchmark, # key of `BENCHMARKS`, or your own
+) -> tuple[Profile, Benchmark]: # bands moved in units of their spread where files are one's own, whose unit nobody knows
+    "A profile and a task, each as the other needs it."
+    p, task = choose_profile(profile), find_benchmark(benchmark)
+    if p.jitter is None and not task.simulated and task.name not in BENCHMARKS: p = replace(p, jitter=ANY_UNIT)
+    return p, with_structure(task, p)
+
 def load_data(
     profile: str | Profile, # crop, batch and held-out share
     benchmark: str | Benchmark, # key of `BENCHMARKS`, or your own
@@ -237,8 +244,8 @@ def load_data(
     from spectralmoe.datasets import DomainDataModule
     from spectralmoe.simulator.tiles import build_tiles
     from spectralmoe.transforms import Compose, FlipRotate
-    p = choose_profile(profile, task=(task := find_benchmark(benchmark)))
-    task = build_tiles(with_structure(task, p), data or None)
+    p, task = profile_and_task(profile, benchmark)
+    task = build_tiles(task, data or None)
     return DomainDataModule(task, None, p.batch_size, crop=p.crop, seed=seed, val_fraction=p.val_fraction,
                             augment=Compose(FlipRotate(), _jitter(p)), train_tiles=train_tiles, num_workers=num_workers)
 
@@ -258,9 +265,7 @@ def planned(
     "The record of a run as it will be, with its id; the arguments are those of `run_method`."
     from spectralmoe.adapter import SpectralMoEConfig
     from spectralmoe.segmentor import METHODS
-    kind, task = METHODS[check_setting("method", method)], find_benchmark(benchmark)
-    p = choose_profile(profile, task=task)
-    task = with_structure(task, p)
+    (p, task), kind = profile_and_task(profile, benchmark), METHODS[check_setting("method", method)]
     for name, value in (("seed", seed), ("lr", lr), ("train_tiles", train_tiles)): check_setting(name, value)
     known = kind.takes() if kind.tuner else [f.name for f in fields(SpectralMoEConfig)]
     if wrong := [k for k in overrides or {} if k not in known]:
@@ -386,9 +391,9 @@ def run_method(
     wait: float = 0.0, # seconds to wait for a process that trains this very run, before refusing
 ) -> RunRecord | None: # status "done" where this process writes; None if it was not run and is not to be
     "Trains on the source, scores on source validation and on every target, records it all."
-    p = choose_profile(profile, task=(task := find_benchmark(benchmark)))
+    p, task = profile_and_task(profile, benchmark)
     if train: require_weights([(p, check_setting("method", method))])
-    task, opened = with_structure(task, p), not (data is None or isinstance(data, (str, Path)))
+    opened = not (data is None or isinstance(data, (str, Path)))
     module = data if opened else None if task.simulated else load_data(p, task, data, train_tiles=train_tiles)
     record = planned(task, method, seed, p, module, experiment, parameters, overrides, lr, train_tiles)
     known = finished(record, folder, earlier=not train)
@@ -549,9 +554,7 @@ def run_cell(
     "One cell of a grid."
     cell = {"progress": None, **cell}
     try:
-        data, task = cell.get("data"), find_benchmark(cell["benchmark"])
-        p = choose_profile(cell["profile"], task=task)
-        task = with_structure(task, p)
+        (p, task), data = profile_and_task(cell["profile"], cell["benchmark"]), cell.get("data")
         if (data is None or isinstance(data, (str, Path))) and not (task.simulated and not cell.get("train", True)):
             key = json.dumps([task.to_dict(), p.crop, p.batch_size, p.val_fraction, p.jitter, cell.get("train_tiles"), str(data)])
             if key not in opened:

@@ -20,16 +20,19 @@ def in_turn(
 ) -> dict[str, list[float]]: # name -> seconds in each round
     "Times calls in turn."
     if repeats < 1: raise ValueError(f"repeats={repeats}; expected 1 or more")
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            wait()
+            _wait()
             start = time.perf_counter()
             call()
-            wait()
+            _wait()
             times[name].append(time.perf_counter() - start)
     return {name: seconds[1:] for name, seconds in times.items()}
+
+def _wait():
+    "Until the device has done what it was told."
+    if torch.cuda.is_available(): torch.cuda.synchronize()
 
 # %% ../nbs/27_timing.ipynb #85acd765
 def time_ratio(
@@ -60,7 +63,6 @@ def waiting_times(
 ) -> dict[str, list[float]]: # "waiting" and "step" -> seconds in each step
     "How long steps wait for their batches, and how long they take then."
     if count < 1 or skip < 0: raise ValueError(f"count={count}, skip={skip}; expected 1 or more steps, and 0 or more before them")
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times, source, missing = {"waiting": [], "step": []}, iter(batches), object()
     for n in range(count + skip):
         start = time.perf_counter()
@@ -68,7 +70,7 @@ def waiting_times(
         if batch is missing: raise ValueError(f"the loader ended after {n} batches; expected {count + skip}: count={count} and {skip} before them")
         ready = time.perf_counter()
         step(batch)
-        wait()
+        _wait()
         for name, seconds in (("waiting", ready - start), ("step", time.perf_counter() - ready)): times[name].append(seconds)
     return {name: seconds[skip:] for name, seconds in times.items()}
 

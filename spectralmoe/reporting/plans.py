@@ -151,9 +151,9 @@ def write_index(
     folder: Path, # of the reports
 ) -> tuple[Path, Path]: # README.md and index.html
     "Writes what leads to every report."
-    lines, sections, claims = [README], {}, {}
+    lines, sections, claims = [README], {}, []
     for plan in [p for p in plans if (folder / p.name).exists()]: # a report that was not begun has nothing to show
-        claims |= {file.stem.replace("_", " "): file for file in sorted((folder / plan.name).glob("claims/tables/*.csv"))}
+        claims += sorted((folder / plan.name).glob("claims/tables/*.csv"))
         pages = {p.page: url for p in plan.pages if (folder / (url := f"{plan.name}/{p.page}.ipynb")).exists()}
         tasks = tasks_of(read_records(folder / plan.name))
         lines += [f"## {plan.title}", plan.says, *plan.notes, _markdown_table(tasks),

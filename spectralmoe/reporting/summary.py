@@ -148,10 +148,10 @@ def claims_table(
 
 # %% ../../nbs/reporting/06_summary.ipynb #c33c08b3
 def what_holds(
-    tables: Mapping[str, Path], # page of claims -> its table, a .csv that `write_table` wrote
+    tables: Sequence[Path], # of pages of claims, each a .csv that `write_table` wrote, called as its page
 ) -> str: # HTML
     "Every claim, page by page, and what was found."
-    rows = [(*claim.rsplit(", ", 1), page, cells) for page, path in tables.items() for claim, cells in cells_of(path).items()]
+    rows = [(*claim.rsplit(", ", 1), path.stem.replace("_", " "), cells) for path in tables for claim, cells in cells_of(path).items()]
     order = list(dict.fromkeys(claim for claim, *_ in rows))
     said = lambda cell: f"{verdict(cell)}, {cell}" if cell.seeds else verdict(cell)
     rows, body = sorted(rows, key=lambda r: order.index(r[0])), []
