@@ -199,7 +199,7 @@ def structure_record(
     task, name = find_benchmark(task), Path(model).name
     folder = shipped_weights(name) if str(model) in BACKBONES else Path(model)
     weights = {file.name: file_sha256(file)[:12] for file in sorted(folder.glob("*.safetensors"))}
-    return RunRecord("validity", task.name, f"structure-{name}", 0, config={"scenes": scenes, "weights": weights},
+    return RunRecord("validity", task.name, f"structure-{name}", 0, config={"scenes": scenes, "weights": weights, "scores": ["auc", "spearman", "spearman_ceiling"]},
                      data={d.name: fingerprint(task, d.name) for d in task.domains})
 
 def structure_checks(
@@ -208,7 +208,7 @@ def structure_checks(
     model: str | Path = "mini_dfm", # or a folder that `pretraining.pretrain("dfm", ...)` wrote
     folder: str | Path | None = None, # of all runs, where the record is looked for and left; None: no record
     measure: bool = True, # False: only look up what was measured before
-) -> dict[str, list[Check]]: # target -> its two checks, in percent; {} if it was not measured and is not to be
+) -> dict[str, list[Check]]: # target -> its two checks; {} if it was not measured and is not to be
     "Does the depth model see structure through the sensors of a task?"
     task, record = find_benchmark(task), structure_record(task, scenes, model)
     known = finished(record, folder) if folder else None
@@ -216,18 +216,20 @@ def structure_checks(
     if known: record = known
     else:
         with recording(record, folder) if folder else nullcontext(): record.metrics = _structure(task, scenes, model)
-    wanted = (("auc", "AUC taller than 3 m", 90), ("spearman", "Spearman above 1 m", 60))
-    return {t.name: [Check(f"(d) {name}, x 100", Interval(100 * record.metrics[t.name][key], math.nan), least, 1)
-                     for key, name, least in wanted] for t in task.targets}
+    def checks(auc, spearman, spearman_ceiling):
+        values = {"(d) AUC taller than 3 m, x 100": (auc, 90), "(d) Spearman above 1 m, % of its ceiling": (spearman / spearman_ceiling, 60)}
+        return [Check(name, Interval(100 * value, math.nan), least, 1) for name, (value, least) in values.items()]
+    return {t.name: checks(**record.metrics[t.name]) for t in task.targets}
 
 def _structure(task, scenes, model):
-    "Target -> scores of the predicted heights."
-    from spectralmoe.simulator.pretraining import height_scores, predict_height
+    "Target -> scores of the predicted heights, and the most that its covers allow."
+    from spectralmoe.simulator.pretraining import class_ceiling, height_scores, predict_height
     from spectralmoe.simulator.tiles import heights
     rgb = heights(task, task.source.name, scenes).rgb
     mean, std = rgb.mean((0, 2, 3), keepdim=True), rgb.std((0, 2, 3), keepdim=True)
     seen = {t.name: heights(task, t.name, scenes) for t in task.targets}
-    return {name: height_scores(predict_height(model, (s.rgb - mean) / std), s.height) for name, s in seen.items()}
+    return {name: {**height_scores(predict_height(model, (s.rgb - mean) / std), s.height), "spearman_ceiling": class_ceiling(s.cover, s.height)["spearman"]}
+            for name, s in seen.items()}
 
 # %% ../../nbs/reporting/02_studies.ipynb #033ad88d
 class Curve(NamedTuple):

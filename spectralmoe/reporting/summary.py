@@ -134,15 +134,17 @@ def claims_table(
     found: Mapping[str, Mapping[Path, RunRecord]], # task -> records of its variants, as `as_rows` gives them
     targets: Mapping[str, Sequence[str]], # task -> names of its targets, whose pixels are taken together
 ) -> "pandas.DataFrame": # (claim, task) x (source, verdict, targets, verdict); differences are `Cell`s in percentage points
-    "Every claim on every task, as paired differences."
+    "Every claim on every task, as paired differences, and with three tasks or more over them: Holm's correction is over the tasks' rows and over those."
     import pandas as pd
     def cell(task, pair, domains):
         files = [path for path, r in found[task].items() if r.method in pair]
         return Cell.between(*(seed_scores(found[task], variant, domains) for variant in pair), files)
     rows = {(claim, task): dict(source=cell(task, pair, ["source"]), targets=cell(task, pair, list(targets[task])))
             for claim, pair in claims.items() for task in found}
-    table = corrected(pd.DataFrame.from_dict(rows, orient="index", columns=["source", "targets"]))
-    table.index = pd.MultiIndex.from_tuples(rows, names=["claim", "task"])
+    over = {(claim, f"all {len(found)} tasks"): {column: Cell.across({task: rows[claim, task][column] for task in found}) for column in ("source", "targets")}
+            for claim in claims if len(found) > 2}
+    table = pd.concat([corrected(pd.DataFrame.from_dict(part, orient="index", columns=["source", "targets"])) for part in (rows, over) if part])
+    table.index = pd.MultiIndex.from_tuples([*rows, *over], names=["claim", "task"])
     for column in ("source", "targets"): table[f"on {column}"] = table[column].map(verdict)
     return table[["source", "on source", "targets", "on targets"]]
 
@@ -158,6 +160,6 @@ def what_holds(
     for i, (claim, task, page, cells) in enumerate(rows):
         if i == 0 or rows[i - 1][0] != claim: body.append([Html(f'<b style="display:inline-block;white-space:normal;max-width:24em">{escape(claim)}</b>'), "", ""])
         body.append([f"{task.replace('_', ' ')}, {page}", *(said(cells[c]) for c in ("targets", "source"))])
-    return ("<p>Claims of the paper, each tested as the difference between two trainings that differ in one thing, seed by seed: points of mIoU with 95 % interval and number of seeds. "
+    return ("<p>Claims of the paper, each tested as the difference between two trainings that differ in one thing, seed by seed: points of mIoU with 95 % interval and number of seeds, or of tasks where all are taken together. "
             "A claim holds, or is contradicted, where the interval excludes zero also after Holm's correction over its page.</p>"
             f'<div class="box">{html_table(["claim, and where it was tested", "targets", "source validation"], body)}</div>')

@@ -36,9 +36,9 @@ def _quietly(statistic, *values):
 @dataclass(frozen=True)
 class Cell:
     "One number of a table and where it comes from."
-    mean: float | None = None # over seeds
+    mean: float | None = None # over seeds, or over tasks
     half_width: float = math.nan # of the 95 % interval; NaN with one seed
-    seeds: int = 0 # how many runs are done
+    seeds: int = 0 # how many runs are done, or tasks where it is over tasks
     status: str = "not run" # shown when no run is done
     files: tuple[Path, ...] = () # the records
     signed: bool = False # a difference, written with its sign
@@ -79,6 +79,14 @@ class Cell:
         common = len(a.keys() & b.keys())
         if not common: return cls()
         return cls(*map(float, _quietly(paired, a, b)), common, "done", tuple(dict.fromkeys(files)), signed=True)
+
+    @classmethod
+    def across(cls,
+        cells: Mapping[str, "Cell"], # task -> its difference; one that was not run is left out
+    ) -> "Cell": # its number of seeds is the number of tasks; "not run" if there is none
+        "Mean difference over tasks, each of which counts once, and the interval over them."
+        run = {task: c for task, c in cells.items() if c.seeds}
+        return replace(cls.over({task: c.mean for task, c in run.items()}, (f for c in run.values() for f in c.files)), signed=True)
 
 # %% ../../nbs/reporting/01_tables.ipynb #0e31f0d4
 def pooled_scores(

@@ -7,8 +7,8 @@ __all__ = ['HELD_OUT', 'RANGES', 'ROOFS', 'SOIL', 'HIDDEN', 'TARGETS', 'MODELS',
            'random_domain', 'random_ground', 'Group', 'render_group', 'render_pool', 'surface_targets', 'Pool', 'Batch',
            'draw_batch', 'SurfaceModel', 'FlatSurfaceModel', 'LeakyBackward', 'HeightModel', 'new_model',
            'new_optimiser', 'learning_rate', 'take_step', 'seconds_per_step', 'device_of', 'explained', 'height_scores',
-           'ProbeScenes', 'probe_scenes', 'probe', 'predict_height', 'held_out_table', 'model_card', 'PretrainingRun',
-           'pretrain']
+           'class_ceiling', 'ProbeScenes', 'probe_scenes', 'probe', 'predict_height', 'held_out_table', 'model_card',
+           'PretrainingRun', 'pretrain']
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #04a0fda3
 import copy
@@ -534,6 +534,16 @@ def _spearman(a, b):
     from scipy.stats import rankdata
     if len(a) < 50 or np.ptp(a) == 0 or np.ptp(b) == 0: return math.nan
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+
+# %% ../../nbs/simulator/08_pretraining.ipynb #7d397b58
+def class_ceiling(
+    cover: Tensor, # (B, H, W) position in the simulator's `LEGEND`
+    true: Tensor, # (B, H, W) height above ground, m
+) -> dict[str, float]: # as `height_scores`
+    "How well heights are found and ranked by one who knows the cover of every pixel, and the mean height of each over these scenes."
+    kinds, tall = cover.flatten(), true.flatten().double()
+    mean = torch.bincount(kinds, tall) / torch.bincount(kinds).clamp_min(1)
+    return height_scores(mean[cover], true)
 
 # %% ../../nbs/simulator/08_pretraining.ipynb #71c40485
 class ProbeScenes(NamedTuple):

@@ -278,6 +278,7 @@ class Heights(NamedTuple):
     rgb: Tensor # (n, 3, h, w) float32, 0..1, the three bands a three-band model is fed
     height: Tensor # (n, h, w) float32, above the ground, m
     label: Tensor # (n, h, w) int64, class of the task
+    cover: Tensor # (n, h, w) int64, position in the simulator's `LEGEND`, finer than the task's classes
 
 def heights(
     task: str | Benchmark, # a simulated one
@@ -289,7 +290,7 @@ def heights(
     scenes = _some_scenes(task, domain, n)
     rgb = torch.stack([_shown(s, where.fed_sensor, task.rgb).permute(2, 0, 1) for s in scenes])
     label = torch.stack([s.label for s in scenes])
-    return Heights(rgb, torch.stack([s.height for s in scenes]), _to_class(task)[label])
+    return Heights(rgb, torch.stack([s.height for s in scenes]), _to_class(task)[label], label)
 
 # %% ../../nbs/simulator/07_tiles.ipynb #affb20f2
 def patchwork(
