@@ -153,6 +153,38 @@ def mask_name(
         f"mask_pattern={pattern!r} gives the same name for every image; expected {{stem}} or {{name}} in it, \"{{stem}}_mask.tif\", or \"old -> new\"")
     return image.parent / name
 
+# %% ../../nbs/reading/00_listing.ipynb #f36d3364
+def _rows(names, where, bands_column, layout, folder, of_masks):
+    "What is listed: a row per image, with its name under `image`."
+    if isinstance(names, (str, Path)) and not Path(names).is_file(): raise FileNotFoundError(
+        f"names={str(names)!r} is no file; expected a .csv, a .txt with a name per line, or a list of names")
+    table = isinstance(names, (str, Path)) and Path(names).suffix.lower() in (".csv", ".tsv")
+    if where and not table: raise ValueError(
+        f"where={dict(where)} reads columns, but names is {names!r}; expected a .csv")
+    if table:
+        rows = read_csv(names)
+        if not rows: raise ValueError(f"{names} has a header and no rows; expected a row per image")
+        if "image" not in rows[0]: raise ValueError(f"{names} has no column 'image'. {nearest('image', rows[0])}")
+        if bands_column not in (None, "bands", *rows[0]): raise ValueError(
+            f"{names} has no column {bands_column!r} (bands_column). {nearest(bands_column, rows[0])}")
+        for column in filter(None, (layout.split, layout.group)):
+            if column not in rows[0]: raise ValueError(f"{names} has no column {column!r}. {nearest(column, rows[0])}")
+        return choose_rows(rows, where or {}, names)
+    if names is None:
+        pattern = layout.mask_pattern
+        masks_too = {Path(mask_name(p, pattern)).stem for p in folder.all()} if pattern and of_masks.path.samefile(folder.path) else ()
+        return [dict(image=p.name) for p in folder.all() if p.stem not in masks_too]
+    lines = read_text(names).splitlines() if isinstance(names, (str, Path)) else map(str, names)
+    return [dict(image=n) for n in lines if n.strip()]
+
+def _mask_of(row, way, image, layout, folder, of_masks):
+    "The mask of an image, or None, and the name that was looked for."
+    wanted = row.get("mask") or (way.as_posix() if folder.path in image.parents else image.name)
+    if layout.mask_pattern and not row.get("mask"): wanted = mask_name(way, layout.mask_pattern).as_posix()
+    mask = of_masks.find(wanted, image)
+    if not mask and not row.get("mask"): mask = of_masks.find(Path(wanted).with_suffix(""), image)
+    return mask, wanted
+
 # %% ../../nbs/reading/00_listing.ipynb #ed61e010
 def list_files(
     images: str | Path, # folder of images
@@ -163,30 +195,11 @@ def list_files(
     layout: Layout | None = None, # where files lie otherwise
 ) -> list[TileFile]: # in the order of `names`; sorted by name if that is None
     "The images asked for, each with its mask and its bands."
-    table = isinstance(names, (str, Path)) and Path(names).suffix.lower() in (".csv", ".tsv")
-    if where and not table: raise ValueError(
-        f"where={dict(where)} reads columns, but names is {names!r}; expected a .csv")
-    if isinstance(names, (str, Path)) and not Path(names).is_file(): raise FileNotFoundError(
-        f"names={str(names)!r} is no file; expected a .csv, a .txt with a name per line, or a list of names")
-    beside = Path(names).parent if isinstance(names, (str, Path)) else None
-    layout = layout or Layout()
+    layout, beside = layout or Layout(), Path(names).parent if isinstance(names, (str, Path)) else None
     one_mask = Path(masks) if masks is not None and Path(masks).is_file() else None # of all images
     folder, of_masks = Folder(images, beside), None
     if layout.mask_pattern or masks is not None and not one_mask: of_masks = Folder(images if masks is None or one_mask else masks, beside)
-    if table:
-        rows = read_csv(names)
-        if not rows: raise ValueError(f"{names} has a header and no rows; expected a row per image")
-        if "image" not in rows[0]: raise ValueError(f"{names} has no column 'image'. {nearest('image', rows[0])}")
-        if bands_column not in (None, "bands", *rows[0]): raise ValueError(
-            f"{names} has no column {bands_column!r} (bands_column). {nearest(bands_column, rows[0])}")
-        for column in filter(None, (layout.split, layout.group)):
-            if column not in rows[0]: raise ValueError(f"{names} has no column {column!r}. {nearest(column, rows[0])}")
-        rows = choose_rows(rows, where or {}, names)
-    elif names is None:
-        rows, pattern = [dict(image=p.name) for p in folder.all()], layout.mask_pattern
-        masks_too = {Path(mask_name(p, pattern)).stem for p in folder.all()} if pattern and of_masks.path.samefile(folder.path) else ()
-        rows = [row for row in rows if Path(row["image"]).stem not in masks_too]
-    else: rows = [dict(image=n) for n in (read_text(names).splitlines() if beside else map(str, names)) if n.strip()]
+    rows = _rows(names, where, bands_column, layout, folder, of_masks)
     if not rows: raise ValueError(f"no image of {images} left with names={names}, where={where}; expected one or more, "
                                   f"ending in {', '.join(SUFFIXES)}")
     files, lost, lost_masks = [], [], []
@@ -196,14 +209,10 @@ def list_files(
         if image is None:
             lost.append(asked)
             continue
-        way = Path(os.path.relpath(image, images))
+        way, mask = Path(os.path.relpath(image, images)), one_mask
         name = unicodedata.normalize("NFC", "_".join(p for p in way.with_suffix("").parts if p != ".."))
-        mask, wanted = None, row.get("mask") or (way.as_posix() if folder.path in image.parents else image.name)
-        if layout.mask_pattern and not row.get("mask"): wanted = mask_name(way, layout.mask_pattern).as_posix()
-        if one_mask: mask = one_mask
-        elif of_masks:
-            mask = of_masks.find(wanted, image)
-            if not mask and not row.get("mask"): mask = of_masks.find(Path(wanted).with_suffix(""), image)
+        if of_masks and not one_mask:
+            mask, wanted = _mask_of(row, way, image, layout, folder, of_masks)
             if mask is None: lost_masks.append(wanted)
         bands = tuple(b.strip() for b in row[bands_column].split("|")) if row.get(bands_column) else None
         scene = row[layout.group] if layout.group else row.get("group") or row.get("scene") or ""

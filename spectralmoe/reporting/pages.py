@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'IDLE', 'TESTED', 'MINI', 'EXPERIMENTS', 'page_frame', 'heading_of', 'picture', 'forest_plot', 'task_table',
            'task_sentence', 'task_section', 'glance', 'method_list', 'expert_shares', 'expert_use',
-           'experiment_section', 'index_page', 'tasks_of']
+           'experiment_section', 'tasks_of', 'index_page']
 
 # %% ../../nbs/reporting/03_pages.ipynb #1c599543
 import html
@@ -309,6 +309,25 @@ def _subtitle(notebook):
     code = lambda text: re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
     return "".join(f"<p>{code(p)}</p>" for p in paragraphs if p)
 
+# %% ../../nbs/reporting/03_pages.ipynb #3821c77f
+def tasks_of(
+    records: Mapping[Path, RunRecord], # of any experiments
+) -> dict[str, dict[Path, RunRecord]]: # task -> its benchmark records, in the order of the registry
+    "Records by task; where a task was run in several settings, those that its table of methods names, and none where there is no table."
+    found = {}
+    for path, r in records.items():
+        if r.experiment == "benchmark": found.setdefault(row_of(r)[0], {})[path] = r
+    one = lambda rs: len({(r.benchmark, r.method, r.seed) for r in rs.values()}) == len(rs)
+    order = lambda t: (list(BENCHMARKS).index(t) if t in BENCHMARKS else len(BENCHMARKS), t)
+    kept = {t: found[t] if one(found[t]) else _named(t, found[t]) for t in sorted(found, key=order)}
+    return {t: rs for t, rs in kept.items() if rs and one(rs)}
+
+def _named(task, records):
+    "The records that a task's table of methods is made of: variants lie beside them."
+    table = next(iter(records)).parent.parent.parent / "tables" / f"{task}-miou.csv"
+    named = {(table.parent / f).resolve() for row in (read_csv(table) if table.is_file() else ()) for f in row["files"].split()}
+    return {p: r for p, r in records.items() if p.resolve() in named}
+
 # %% ../../nbs/reporting/03_pages.ipynb #615e3d2b
 MINI = """<b>Simulated.</b> The images of these tasks were made by a simulator, and <code>mini_vfm</code> and
 <code>mini_dfm</code> were pretrained on simulated scenes alone. Such numbers compare methods under a shift that is
@@ -340,24 +359,6 @@ def index_page(
     note = "A number is a mean over seeds ± the half width of its 95 % interval (Student t). Every row leads to its records."
     lead = [f"<p>{MINI}</p>" if simulated else "", *(f"<p>{html.escape(n)}</p>" for n in notes), f"<p class=note>{note}</p>"]
     return write_file(folder / "index.html", page_frame(title, lead, {n: s for n, s in sections.items() if s}))
-
-def tasks_of(
-    records: Mapping[Path, RunRecord], # of any experiments
-) -> dict[str, dict[Path, RunRecord]]: # task -> its benchmark records, in the order of the registry
-    "Records by task; where a task was run in several settings, those that its table of methods names, and none where there is no table."
-    found = {}
-    for path, r in records.items():
-        if r.experiment == "benchmark": found.setdefault(row_of(r)[0], {})[path] = r
-    one = lambda rs: len({(r.benchmark, r.method, r.seed) for r in rs.values()}) == len(rs)
-    order = lambda t: (list(BENCHMARKS).index(t) if t in BENCHMARKS else len(BENCHMARKS), t)
-    kept = {t: found[t] if one(found[t]) else _named(t, found[t]) for t in sorted(found, key=order)}
-    return {t: rs for t, rs in kept.items() if rs and one(rs)}
-
-def _named(task, records):
-    "The records that a task's table of methods is made of: variants lie beside them."
-    table = next(iter(records)).parent.parent.parent / "tables" / f"{task}-miou.csv"
-    named = {(table.parent / f).resolve() for row in (read_csv(table) if table.is_file() else ()) for f in row["files"].split()}
-    return {p: r for p, r in records.items() if p.resolve() in named}
 
 def _sources(records, folder):
     "Every file that a number or a picture comes from."
