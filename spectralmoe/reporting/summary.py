@@ -163,7 +163,7 @@ def what_holds(
         if (claim, page) not in whole: body.append([f"{named(task)}, {page}", *(said(cells[c]) for c in ("targets", "source"))])
         elif task.startswith("all "):
             each = [f"{named(t)}: {said(of['targets'])}; source {said(of['source'])}" for c, t, p, of in rows if (c, p) == (claim, page) and t != task]
-            listed = f"{escape(task)}<details><summary>task by task</summary>{'<br>'.join(map(escape, each))}</details>"
+            listed = f"{escape(f'{task}, {page}')}<details><summary>task by task</summary>{'<br>'.join(map(escape, each))}</details>"
             body.append([Html(listed), *(said(cells[c]) for c in ("targets", "source"))])
     return ("<p>Claims of the paper, each tested as the difference between two trainings that differ in one thing, seed by seed: points of mIoU with 95 % interval and number of seeds, or of tasks where all are taken together. "
             "A claim holds, or is contradicted, where the interval excludes zero also after Holm's correction over its page.</p>"
