@@ -28,8 +28,8 @@ def recorded():
 
 def task_of(record):
     "The task of a record, from its name; the laboratory's factors and severities from its domains."
-    if "_heights" in record.benchmark: return record.benchmark.partition("_heights")[0] # the profile says which heights
     name, _, target = record.benchmark.partition("-oracle-")
+    name = name.partition("_heights")[0] # the profile says which heights
     if name == "shift_lab":
         steps = [d.rpartition("_") for d in record.data if "_" in d]
         task = shift_laboratory(list(dict.fromkeys(factor for factor, *_ in steps)), steps=max(int(k) for *_, k in steps))
