@@ -7,7 +7,8 @@ __all__ = ['ANY_UNIT', 'PROFILES', 'RANGES', 'OF_HEIGHTS', 'FUNCTIONAL', 'VARIED
            'local_weights', 'weights_advice', 'choose_profile', 'backbones_of', 'require_weights', 'with_structure',
            'profile_and_task', 'load_data', 'planned', 'weights_hash', 'predict_tile', 'predict_unlabelled',
            'run_folder', 'run_method', 'score_domains', 'functional_test', 'grid_cells', 'variant_cells', 'cell_names',
-           'run_cell', 'lost_cell', 'run_here', 'run_apart', 'on_engine', 'run_grid', 'plot_predictions']
+           'run_cell', 'lost_cell', 'run_here', 'run_apart', 'on_engine', 'run_grid', 'run_variants',
+           'plot_predictions']
 
 # %% ../nbs/30_runs.ipynb #ecf956af
 import json
@@ -650,6 +651,19 @@ def run_grid(
         whole = [f"{names[i]}: {found[i].error}" for i in failed[:10]]
         print(f"{len(failed)} of {len(cells)} runs failed:", *whole, *[f"and {len(failed) - 10} more"] * (len(failed) > 10), sep="\n  ", flush=True)
     return [found[i] for i in range(len(cells))]
+
+# %% ../nbs/30_runs.ipynb #795a1b47
+def run_variants(
+    variants: Mapping, # label -> its cells, as `variant_cells` gives them
+    folder: str | Path, # of all runs
+    processes: int = 1, # runs side by side; 1: here, without another process
+    threads: int = 0, # CPU threads of each; 0: those torch uses here, shared
+    train: bool = True, # False: only look up what was run before, and leave out the rest
+) -> dict: # label -> records of its cells
+    "Runs the cells of all variants as one grid."
+    if not train: return {label: run_grid(cells, folder, threads=threads, train=False) for label, cells in variants.items()}
+    records = iter(run_grid([c for cells in variants.values() for c in cells], folder, processes, threads))
+    return {label: [next(records) for _ in cells] for label, cells in variants.items()}
 
 # %% ../nbs/30_runs.ipynb #fe109163
 def plot_predictions(
