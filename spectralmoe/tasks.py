@@ -56,7 +56,7 @@ def fed_sensor(self: Domain) -> Sensor | None: # None where the domain names no 
     if self.sensor is None: raise ValueError(
         f"domain {self.name!r}: substitutes={dict(self.substitutes)} name bands, but sensor=None; say what took the images")
     sensor, fed = as_sensor(self.sensor), dict(self.substitutes)
-    bands = [replace(b, common=None) for b in sensor.bands]
+    bands = [replace(b, common=None) if b.common in fed else b for b in sensor.bands] # one band per common name
     for common, name in fed.items():
         i = sensor.index(name)
         bands[i] = replace(bands[i], common=common)

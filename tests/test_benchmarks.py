@@ -8,7 +8,7 @@ from spectralmoe.simulator import domains, ground
 from spectralmoe.simulator.spectra import soil_spectrum
 from spectralmoe.bands import as_sensor
 from spectralmoe.benchmarks import (BENCHMARKS, SHIFTS, SIMULATED, Domain, View,
-                                    oracle, shift_laboratory)
+                                    oracle, shift_laboratory, with_heights)
 
 SEVEN = ("whu_ohs", "fbp_cross_sensor", "fbp_cross_region", "flair", "loveda", "openearthmap", "potsdam_vaihingen")
 MINI = [BENCHMARKS[k] for k in SEVEN]
@@ -87,6 +87,12 @@ def test_substitutes_are_said_wherever_the_task_is_shown():
     fed = task.targets[0].fed_sensor
     assert "nir as red" in fed.name and fed.select(task.bands).wavelengths == (.83, .665, .56)
     assert task.input_sensor.wavelengths == (.665, .56, .49)
+
+
+@pytest.mark.parametrize("name", [n for n, t in BENCHMARKS.items() if t.simulated])
+def test_every_simulated_task_takes_a_band_of_heights(name):
+    task = with_heights(name)
+    assert all(d.fed_sensor.select(task.bands).names[-1] == "height" for d in task.domains)
 
 
 def test_without_the_said_substitutes_infrared_is_refused():

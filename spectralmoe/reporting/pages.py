@@ -39,6 +39,7 @@ th{border-bottom:2px solid #999;white-space:normal;min-width:5rem} tr.reference 
 th:first-child,td:first-child{position:sticky;left:0;background:#fff}
 figure{margin:1rem 0} img,svg{max-width:100%;height:auto} figcaption,.note,small{color:#595959;font-size:0.88rem}
 details{margin:0.5rem 0} td details{margin:0} summary{cursor:pointer;color:#0b57d0}
+@media(max-width:40rem){.words td{white-space:normal;min-width:6.5rem}}
 """
 
 def page_frame(

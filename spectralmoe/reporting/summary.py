@@ -167,4 +167,4 @@ def what_holds(
             body.append([Html(listed), *(said(cells[c]) for c in ("targets", "source"))])
     return ("<p>Claims of the paper, each tested as the difference between two trainings that differ in one thing, seed by seed: points of mIoU with 95 % interval and number of seeds, or of tasks where all are taken together. "
             "A claim holds, or is contradicted, where the interval excludes zero also after Holm's correction over its page.</p>"
-            f'<div class="box">{html_table(["claim, and where it was tested", "targets", "source validation"], body)}</div>')
+            f'<div class="box words">{html_table(["claim, and where it was tested", "targets", "source validation"], body)}</div>')
