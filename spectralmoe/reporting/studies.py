@@ -144,6 +144,7 @@ def plot_curves(
 def plot_differences(
     table: "pandas.DataFrame", # of `Cell`s that are differences; its index labels the rows
     label: str, # of the axis: what is subtracted from what
+    parts: "Mapping[str, pandas.DataFrame]" = {}, # row -> the differences that it is the mean of, drawn small
 ): # matplotlib figure; None: no difference has a number
     "Differences and their intervals, row by row."
     import matplotlib.pyplot as plt
@@ -151,11 +152,14 @@ def plot_differences(
     if not len(shown): return None
     fig, ax = plt.subplots(figsize=(7, 0.32 * shown.size + 1), dpi=80, layout="constrained")
     for k, column in enumerate(shown):
-        drawn = [(i + 0.75 * k / shown.shape[1], c) for i, c in enumerate(shown[column]) if c.seeds]
-        ax.errorbar([c.mean for _, c in drawn], [y for y, _ in drawn], xerr=[0 if math.isnan(c.half_width) else c.half_width for _, c in drawn], fmt="o", ms=4, capsize=2, label=column)
+        drawn = [(i + 0.75 * k / shown.shape[1], row, c) for i, (row, c) in enumerate(shown[column].items()) if c.seeds]
+        small = [(y + 0.18, part.mean) for y, row, _ in drawn if row in parts for part in parts[row][column] if part.seeds]
+        bars = ax.errorbar([c.mean for *_, c in drawn], [y for y, *_ in drawn], fmt="o", ms=4, capsize=2, label=column,
+                           xerr=[0 if math.isnan(c.half_width) else c.half_width for *_, c in drawn])
+        ax.plot([x for _, x in small], [y for y, _ in small], ".", ms=4, alpha=0.5, color=bars[0].get_color())
     ax.axvline(0, color="k", lw=0.8)
-    ax.set(yticks=range(len(shown)), yticklabels=list(shown.index), xlabel=label)
-    ax.invert_yaxis(); ax.tick_params(axis="y", labelsize=8); ax.legend(fontsize=8)
+    ax.set(yticks=range(len(shown)), yticklabels=list(shown.index), xlabel=label, ylim=(len(shown) - 0.25, -0.5))
+    ax.tick_params(axis="y", labelsize=8); ax.legend(fontsize=8)
     plt.close(fig)
     return fig
 

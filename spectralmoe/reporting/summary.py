@@ -133,7 +133,7 @@ def claims_table(
     found: Mapping[str, Mapping[Path, RunRecord]], # task -> records of its variants, as `as_rows` gives them
     targets: Mapping[str, Sequence[str]], # task -> names of its targets, whose pixels are taken together
 ) -> "pandas.DataFrame": # (claim, task) x (source, verdict, targets, verdict); differences are `Cell`s in percentage points
-    "Every claim on every task, as paired differences, and with three tasks or more over them: Holm's correction is over the tasks' rows and over those."
+    "Every claim as paired differences, with three tasks or more over all tasks first, then task by task: Holm's correction is over those and over these."
     import pandas as pd
     def cell(task, pair, domains):
         files = [path for path, r in found[task].items() if r.method in pair]
@@ -142,8 +142,8 @@ def claims_table(
             for claim, pair in claims.items() for task in found}
     over = {(claim, f"all {len(found)} tasks"): {column: Cell.across({task: rows[claim, task][column] for task in found}) for column in ("source", "targets")}
             for claim in claims if len(found) > 2}
-    table = pd.concat([corrected(pd.DataFrame.from_dict(part, orient="index", columns=["source", "targets"])) for part in (rows, over) if part])
-    table.index = pd.MultiIndex.from_tuples([*rows, *over], names=["claim", "task"])
+    table = pd.concat([corrected(pd.DataFrame.from_dict(part, orient="index", columns=["source", "targets"])) for part in (over, rows) if part])
+    table.index = pd.MultiIndex.from_tuples([*over, *rows], names=["claim", "task"])
     for column in ("source", "targets"): table[f"on {column}"] = table[column].map(verdict)
     return table[["source", "on source", "targets", "on targets"]]
 
