@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from spectralmoe.reporting.tables import cells_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("reports/**/index.html"))
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -77,3 +79,13 @@ def test_every_link_for_readers_leads_somewhere(page):
     links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")}
     assert not [x for x in links if not (ROOT / page).parent.joinpath(x).exists()]
     assert page != "README.md" or len(text.splitlines()) <= 120
+
+
+def test_what_pages_quote_is_in_the_reports():
+    "An interval in the text of a page is one of a claim over all tasks, as the reports have it now."
+    said = {f"{c.mean:+.1f} ± {c.half_width:.1f}" for table in ROOT.glob("reports/*/claims/tables/*.csv")
+            for row, cells in cells_of(table).items() if row.rpartition(", ")[2].startswith("all ") for c in cells.values() if c.seeds}
+    pages = {p.name: json.loads(p.read_text(encoding="utf-8"))["cells"] for p in ROOT.glob("nbs/*.ipynb")}
+    quoted = {(name, x) for name, cells in pages.items() for c in cells if c["cell_type"] == "markdown"
+              for x in re.findall(r"[+-]\d+\.\d ± \d+\.\d", "".join(c["source"]))}
+    assert len(quoted) >= 4 and [q for q in quoted if q[1] not in said] == []
