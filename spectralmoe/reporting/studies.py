@@ -315,7 +315,7 @@ def plot_shift(
     "mIoU against severity, a line per method, a band for its interval."
     import matplotlib.pyplot as plt
     rows, columns = -(-len(curves) // 4), min(len(curves), 4)
-    fig, axes = plt.subplots(rows, columns, figsize=(0.6 + 2.1 * columns, 0.5 + 2 * rows), squeeze=False, sharey=True,
+    fig, axes = plt.subplots(rows, columns, figsize=(0.6 + 2.1 * columns, 0.9 + 2 * rows), squeeze=False, sharey=True,
                              layout="constrained", dpi=70)
     for ax, c in zip(axes.flat, curves):
         for m, color in colours(list(c.scores)).items():
@@ -325,7 +325,8 @@ def plot_shift(
         ax.tick_params(labelsize=6); ax.grid(alpha=0.3)
     for ax in axes.flat[len(curves):]: ax.axis("off")
     for ax in axes[:, 0]: ax.set_ylabel("mIoU (%)", fontsize=8)
-    axes[0, 0].legend(fontsize=6); fig.suptitle(_wrapped(title, fig), fontsize=9)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, columns + 1), fontsize=7)
+    fig.suptitle(_wrapped(title, fig), fontsize=9)
     plt.close(fig)
     return fig
 
