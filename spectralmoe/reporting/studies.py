@@ -136,7 +136,7 @@ def plot_curves(
             if k == steps[0]: ax.set_ylabel(f"{name}, mIoU (%)", fontsize=8)
             ax.set_xscale("log", base=2); ax.set_xticks(tiles, tiles); ax.grid(alpha=0.3); ax.tick_params(labelsize=7)
         column[0].set_title(f"{k} steps", fontsize=9); column[1].set_xlabel("source tiles", fontsize=8)
-    axes[0, 0].legend(fontsize=7); fig.suptitle(_wrapped(title, fig), fontsize=9)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), fontsize=7); fig.suptitle(_wrapped(title, fig), fontsize=9)
     plt.close(fig)
     return fig
 
@@ -159,7 +159,7 @@ def plot_differences(
         ax.plot([x for _, x in small], [y for y, _ in small], ".", ms=4, alpha=0.5, color=bars[0].get_color())
     ax.axvline(0, color="k", lw=0.8)
     ax.set(yticks=range(len(shown)), yticklabels=list(shown.index), xlabel=label, ylim=(len(shown) - 0.25, -0.5))
-    ax.tick_params(axis="y", labelsize=8); ax.legend(fontsize=8)
+    ax.tick_params(axis="y", labelsize=8); fig.legend(loc="outside upper right", ncols=shown.shape[1], fontsize=8)
     plt.close(fig)
     return fig
 
