@@ -677,7 +677,7 @@ def plot_history(
     loss.set(title="loss", xlabel="step", yscale="log")
     loss.legend(fontsize=6)
     score.plot([e["step"] for e in validation], [e["miou"] for e in validation], "o-")
-    score.set(title=f"mIoU on the source: {validation[-1]['miou']:.1%}", xlabel="step", xlim=(0, 1.05 * validation[-1]["step"]), ylim=(0, 1))
+    score.set(title=f"source mIoU {validation[-1]['miou']:.1%}", xlabel="step", xlim=(0, 1.05 * validation[-1]["step"]), ylim=(0, 1))
     for panel, name in zip(loads, modalities):
         share = np.array([e[name] for e in load]) # (windows, layers, experts)
         _, layers, experts = share.shape
