@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'ABLATIONS', 'PAPER_MODELS', 'paper_numbers', 'other_setting', 'summary_table', 'summary_text', 'plot_radar',
-           'verdict', 'claim_variants', 'claims_table', 'what_holds']
+           'verdict', 'claim_variants', 'claims_table', 'over_tasks', 'what_holds']
 
 # %% ../../nbs/reporting/06_summary.ipynb #e6166355
 import json
@@ -147,6 +147,13 @@ def claims_table(
     for column in ("source", "targets"): table[f"on {column}"] = table[column].map(verdict)
     return table[["source", "on source", "targets", "on targets"]]
 
+# %% ../../nbs/reporting/06_summary.ipynb #59d4b651
+def over_tasks(
+    task: str, # as a row of `claims_table` calls it
+) -> bool: # whether the row is of all tasks together
+    "Rows over tasks are told from those of a task by their name."
+    return task.startswith("all ")
+
 # %% ../../nbs/reporting/06_summary.ipynb #c33c08b3
 def what_holds(
     tables: Sequence[Path], # of pages of claims, each a .csv that `write_table` wrote, called as its page
@@ -157,11 +164,11 @@ def what_holds(
     said = lambda cell: f"{verdict(cell)}, {cell}" if cell.seeds else verdict(cell)
     named = lambda task: task.replace("_", " ")
     rows, body = sorted(rows, key=lambda r: order.index(r[0])), []
-    whole = {(claim, page) for claim, task, page, _ in rows if task.startswith("all ")}
+    whole = {(claim, page) for claim, task, page, _ in rows if over_tasks(task)}
     for i, (claim, task, page, cells) in enumerate(rows):
         if i == 0 or rows[i - 1][0] != claim: body.append([Html(f'<b style="display:inline-block;white-space:normal;max-width:24em">{escape(claim)}</b>'), "", ""])
         if (claim, page) not in whole: body.append([f"{named(task)}, {page}", *(said(cells[c]) for c in ("targets", "source"))])
-        elif task.startswith("all "):
+        elif over_tasks(task):
             each = [f"{named(t)}: {said(of['targets'])}; source {said(of['source'])}" for c, t, p, of in rows if (c, p) == (claim, page) and t != task]
             listed = f"{escape(f'{task}, {page}')}<details><summary>task by task</summary>{'<br>'.join(map(escape, each))}</details>"
             body.append([Html(listed), *(said(cells[c]) for c in ("targets", "source"))])
